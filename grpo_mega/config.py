@@ -1,0 +1,271 @@
+"""The recipe: one YAML file a run, typed, validated before anything is loaded, overridden by `--section.key value`.
+
+A recipe states what to compute. How many ranks there are is not its business: data parallelism follows from the
+world size. Unknown keys are errors that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from grpo_mega.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str  # Hugging Face folder of the policy's first weights
+    recompute: Literal["none", "full"] = "none"  # full: activations of a layer are computed again in the backward
+
+
+class ReferenceConfig(Section):
+    path: str | None = None  # frozen reference; default: the policy's first weights
+
+
+class ParallelConfig(Section):
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    sequence: bool = False  # megatron's sequence parallelism: activations between layers are sharded over tensor ranks
+    pipeline_layout: tuple[NonNegative, ...] | None = None  # layers of each stage; default: balanced by cost
+
+    @model_validator(mode="after")
+    def _layout(self) -> ParallelConfig:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
+        if self.pipeline_layout is not None and len(self.pipeline_layout) != self.pipeline:
+            raise ValueError(
+                f"parallel.pipeline_layout has {len(self.pipeline_layout)} stages but parallel.pipeline="
+                f"{self.pipeline}; give one layer count a stage"
+            )
+        return self
+
+
+class PrecisionConfig(Section):
+    dtype: str = "fp32"
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype(cls, value: str) -> str:
+        if value == "fp16":
+            raise ValueError(
+                "fp16 is refused: it keeps 11 bits of a ratio whose clip range is a few hundredths, and needs loss "
+                "scaling that skips steps; use fp32"
+            )
+        if value != "fp32":
+            raise ValueError(f"{value!r} is not supported; use fp32")
+        return value
+
+
+class DataConfig(Section):
+    jsonl: str | None = None  # a file of one JSON object a line ...
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    reasoning_gym: str | None = None  # ... or the name of a reasoning-gym task
+    task: dict[str, Any] = Field(default_factory=dict)  # the task's own parameters
+    system: str | None = None  # system message of the chat template; default: the template's own
+    instruction: str = "{prompt}"  # the user's message; {prompt} is replaced by the data row's prompt
+    heldout: NonNegative = 64  # problems kept out of training, for evaluation
+
+    @model_validator(mode="after")
+    def _source(self) -> DataConfig:
+        if (self.jsonl is None) == (self.reasoning_gym is None):
+            raise ValueError("give exactly one of data.jsonl and data.reasoning_gym")
+        if "{prompt}" not in self.instruction:
+            raise ValueError(f"data.instruction={self.instruction!r} does not contain {{prompt}}; put it in")
+        return self
+
+
+class RewardConfig(Section):
+    function: str = "exact"  # exact, or package.module:function
+    # what a completion cut by the length limit gets: its reward, no part in the loss, or `truncation_reward`
+    truncated: Literal["reward", "mask", "penalize"] = "reward"
+    truncation_reward: float = 0.0
+
+
+class SamplingConfig(Section):
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_completion_tokens: Positive = 256
+    stop_token_ids: tuple[NonNegative, ...] = ()  # besides the tokenizer's end of sequence (and end of turn)
+    max_rows: Positive = 64  # completions decoded together on one data-parallel rank
+
+
+class GrpoConfig(Section):
+    group_size: int = 8
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    kl_coef: Annotated[float, Field(ge=0)] = 0.04
+    num_iterations: Positive = 1  # the paper's mu
+    normalization: Literal["sequence", "group_token", "token", "constant"] = "sequence"
+
+    @field_validator("group_size")
+    @classmethod
+    def _group(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(
+                f"{value} leaves nothing to compare a completion with: the standard deviation of a group of one is "
+                "undefined; use 2 or more (DeepSeekMath uses 64)"
+            )
+        return value
+
+
+class BatchConfig(Section):
+    prompts_per_step: Positive = 8
+    minibatches: Positive = 1  # optimizer updates a step and iteration
+    tokens_per_microbatch: Positive = 1024
+
+    @model_validator(mode="after")
+    def _divides(self) -> BatchConfig:
+        if self.prompts_per_step % self.minibatches:
+            raise ValueError(
+                f"batch.prompts_per_step={self.prompts_per_step} is not divisible by batch.minibatches="
+                f"{self.minibatches}; every minibatch holds whole groups"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegative = 0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # never on norms and biases
+    clip_grad: Annotated[float, Field(gt=0)] = 1.0  # of the global gradient norm
+
+
+class RunConfig(Section):
+    directory: str
+    num_steps: Positive = 100
+    seed: NonNegative = 0
+    save_every: NonNegative = 0  # 0: only at the end
+    evaluate_every: NonNegative = 0  # 0: only before and after
+
+
+class Recipe(Section):
+    model: ModelConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig
+
+    @property
+    def reference_path(self) -> str:
+        return self.reference.path or self.model.path
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out: `load_recipe` of it gives the same recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    overrides: ["--section.key", "value", "--section.key=value", ...]; a value is read as YAML (8, 1e-6, true, [1, 2]).
+    Raises ConfigError naming the file, the key, the value found and the remedy.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"recipe {path} is not valid YAML: {reason}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {path} holds {type(tree).__name__}, not sections (model:, data:, run:, ...)")
+    _check_sections(tree, str(path))
+    for key, value in _parse_overrides(overrides):
+        section, _, name = key.partition(".")
+        if section not in Recipe.model_fields or not name:
+            raise ConfigError(f"--{key} names no recipe section{_nearest(section, Recipe.model_fields)}")
+        _set(tree.setdefault(section, {}) or tree.__setitem__(section, {}) or tree[section], name, value, key)
+    return validate_recipe(tree, str(path))
+
+
+def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A Recipe from nested dicts; every problem found is listed in one ConfigError."""
+    try:
+        return Recipe.model_validate({key: {} if value is None else value for key, value in tree.items()})
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from None
+
+
+def _check_sections(tree: dict[str, Any], origin: str) -> None:
+    for section, value in tree.items():
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{origin}: section {section!r} holds {value!r}; write its keys below it, indented")
+
+
+def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} is not an override; write --section.key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} lacks a value; write --{key} value")
+            text = rest.pop(0)
+        try:
+            pairs.append((key, _number(yaml.safe_load(text))))
+        except yaml.YAMLError:
+            pairs.append((key, text))
+    return pairs
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6 (no dot) as a string; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(section: dict[str, Any], name: str, value: Any, key: str) -> None:
+    head, _, tail = name.partition(".")
+    if not tail:
+        section[head] = value
+        return
+    child = section.setdefault(head, {})
+    if not isinstance(child, dict):
+        raise ConfigError(f"--{key}: {head!r} is not a mapping, so it has no {tail!r}")
+    _set(child, tail, value, key)
+
+
+def _nearest(word: str, known: Any) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+
+
+def _describe(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        parent = Recipe.model_fields[item["loc"][0]].annotation if len(item["loc"]) > 1 else Recipe
+        return f"unknown key {where}{_nearest(str(item['loc'][-1]), parent.model_fields)}"
+    if item["type"] == "missing":
+        return f"{where} is missing; it has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    found = item["input"]
+    return f"{where}={found!r}: {message}" if where and not isinstance(found, dict) else message

@@ -1,0 +1,164 @@
+"""The nouns of GRPO, one word each: what travels between the rooms of the house.
+
+Everything here is frozen. A step's data flows one way:
+
+    Prompt -> Completion -> Rollout -> Group -> Sample -> Microbatch -> Mean
+
+Four log-probs carry four names and are never mixed: `sampler_` (the distribution that was really sampled from,
+temperature included), `old_` (the policy when the step began), `ref_` (the frozen reference) and plain `logprobs`
+(the policy now). All are natural logarithms, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question as it is put to the policy.
+
+    `index` is its position in the endless prompt stream (epochs included): with the seed and the completion's
+    number it keys the sampling noise, so that no parallel layout can change a draw. `row` is the whole data row,
+    handed to reward functions.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the policy wrote. `token_ids` holds the stop token when one was sampled (`finish_reason == "stop"`).
+
+    `sampler_logprobs[i]` is ln q(token_ids[i] | what came before), q being the distribution sampled from.
+    `near_boundary` counts draws whose uniform number fell within 1e-5 of a boundary of the cumulative distribution:
+    the only draws that rounding could ever have decided otherwise.
+    """
+
+    token_ids: tuple[int, ...]
+    sampler_logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    text: str = ""
+    near_boundary: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A completion with its reward. `error` is the reward function's exception, if it raised (the reward is then 0).
+
+    `counts` is False when the completion must not take part in the loss (cut by the length limit under
+    `reward.truncated: mask`): it keeps its reward in the group's statistics and gets no loss weight.
+    """
+
+    completion: Completion
+    reward: float
+    error: str | None = None
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G rollouts of one prompt: the unit that advantages are normalised over. Never split over data-parallel ranks."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training sequence: prompt and completion tokens, before the shift by one.
+
+    `loss_mask[i]` is True where `token_ids[i]` is a completion token that is trained on. `weight` is w_t of the
+    normalization (the same for every trained token of a sequence), not yet divided by the global denominator.
+    `order` is the sample's place in the step's global order, which no layout changes.
+    """
+
+    order: int
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    sampler_logprobs: tuple[float, ...]
+    advantage: float
+    weight: float
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Packed sequences: what one forward of the model sees. All `[T]` tensors are aligned with `targets`.
+
+    `input_ids[t]` predicts `targets[t]`; the shift happened once, in `data/packing`. Segment s covers rows
+    `cu_seqlens[s]` to `cu_seqlens[s + 1]`; rows from `cu_seqlens[-1]` to T are padding, belong to no segment
+    (`segment_ids == -1`) and attend to nothing.
+
+    input_ids, targets, position_ids, segment_ids   [T] int64
+    loss_weights                                    [T] float, w_t * R / D; 0 where not trained
+    advantages, sampler_logprobs                    [T] float; 0 where not trained
+    old_logprobs, ref_logprobs                      [T] float or None while not computed (None: not needed)
+    cu_seqlens                                      [S + 1] int32
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    loss_weights: Tensor
+    advantages: Tensor
+    sampler_logprobs: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """T: the rows of this microbatch, padding included (what is handed to megatron as the count)."""
+        return self.input_ids.numel()
+
+    def with_logprobs(self, *, old: Tensor | None, ref: Tensor | None) -> Microbatch:
+        """The same microbatch with `[T]` log-probs of the step's first policy and of the reference."""
+        return replace(self, old_logprobs=old, ref_logprobs=ref)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean that has not been divided yet: adds over microbatches and ranks, is divided once, at the edge."""
+
+    total: Tensor | float
+    count: Tensor | float
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def value(self) -> float:
+        """total / count; nan for a mean of nothing."""
+        count = float(self.count)
+        return float(self.total) / count if count else float("nan")
+
+
+Metrics = dict[str, Mean]
+
+
+def add_metrics(left: Metrics, right: Metrics) -> Metrics:
+    """Key-wise sum; a key that only one side has keeps its value."""
+    return {key: left[key] + right[key] if key in left and key in right else left.get(key) or right[key]
+            for key in {**left, **right}}
+
+
+def metrics_to_tensor(metrics: Metrics, keys: list[str]) -> Tensor:
+    """`[len(keys), 2]` float64 (total, count), missing keys as 0: what is summed across ranks."""
+    zero = Mean(0.0, 0.0)
+    rows = [(float(metrics.get(k, zero).total), float(metrics.get(k, zero).count)) for k in keys]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(keys), 2)
