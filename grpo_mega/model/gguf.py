@@ -1,0 +1,221 @@
+"""A GGUF file of the Llama architecture -> a Hugging Face folder, so that a model shipped as GGUF can be post-trained.
+
+What differs between the two formats, and is undone here:
+- weights are quantised in blocks; they are dequantised to float32, the width in which `scale * integer + minimum` was
+  defined. bfloat16 would round the 4-bit formats a second time (their products need 15 bits, bfloat16 has 8), and
+  float16 the sums;
+- llama.cpp rotates neighbouring pairs (2i, 2i+1) of a head, Hugging Face the pairs (i, i + d/2): llama.cpp permuted the
+  rows of Q and K for it;
+- the tokenizer is stored as bare lists. transformers' own loader ignores `tokenizer.ggml.pre` and so splits numbers
+  after several spaces unlike the tokenizer the model was trained with; here the pre-tokenizer is the named one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gguf import GGUFReader, ReaderTensor, TokenType
+from gguf.quants import dequantize
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from grpo_mega.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",  # absent: tied to the embedding
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> how text is cut before byte-pair merges
+    "gpt-2": _BYTES,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
+}
+
+
+def gguf_to_hugging_face(source: Path, destination: Path) -> None:
+    """Convert `source` into the new folder `destination`: config, float32 weights, tokenizer with chat template.
+
+    The folder is written under another name and renamed when whole: if it exists, it is complete. The model is held in
+    memory once.
+    Raises ConfigError for a missing or damaged file, an architecture other than llama, a tensor that is unknown or
+    missing, a tokenizer other than byte-level BPE of a known pre-tokenizer, and a destination that exists.
+    """
+    if destination.exists():
+        raise ConfigError(f"{destination} exists; remove it to convert {source.name} again")
+    reader = _open(source)
+    fields = _Fields(source, reader)
+    config = _config(fields, reader.tensors)
+    tokenizer = _tokenizer(fields, config.max_position_embeddings)
+    weights = _weights(source, config, reader.tensors)
+    aside = destination.with_name(f".{destination.name}.{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        config.save_pretrained(aside)
+        _generation_config(fields).save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+        aside.rename(destination)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class _Fields:
+    """The file's metadata by key."""
+
+    def __init__(self, source: Path, reader: GGUFReader) -> None:
+        self._source, self._reader = source, reader
+        if (found := self["general.architecture"]) != "llama":
+            raise ConfigError(f"{source}: general.architecture={found!r} cannot be converted; give a llama GGUF")
+
+    def __getitem__(self, key: str) -> Any:
+        field = self._reader.get_field(key)
+        if field is None:
+            raise ConfigError(f"{self._source} lacks the metadata key {key!r}; convert it from the original again")
+        return field.contents()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return default if self._reader.get_field(key) is None else self[key]
+
+    def refuse(self, key: str, *accepted: Any) -> None:
+        """Raise ConfigError unless `key` is absent or holds one of the accepted values."""
+        if (found := self.get(key)) is not None and found not in accepted:
+            known = f"; known: {', '.join(map(str, accepted))}" if accepted else ""
+            raise ConfigError(f"{self._source}: {key}={found!r} cannot be converted{known}")
+
+
+def _open(source: Path) -> GGUFReader:
+    if not source.is_file():
+        raise ConfigError(f"{source} is no file; give the path of a GGUF file")
+    try:
+        return GGUFReader(source)
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:  # what a truncated file makes it raise
+        raise ConfigError(f"{source} is not a whole GGUF file ({error}); fetch it again") from error
+
+
+def _config(fields: _Fields, tensors: list[ReaderTensor]) -> LlamaConfig:
+    from transformers import LlamaConfig  # seconds to import
+
+    fields.refuse("llama.rope.scaling.type", "none")
+    heads, hidden = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    head_dim = fields.get("llama.attention.key_length", hidden // heads)
+    fields.refuse("llama.attention.value_length", head_dim)
+    fields.refuse("llama.rope.dimension_count", head_dim)
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=hidden,
+        intermediate_size=fields["llama.feed_forward_length"],
+        num_hidden_layers=fields["llama.block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=fields.get("llama.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=fields["llama.context_length"],
+        # stored as float32: 1e-5 comes back as 9.99999974e-06; its shortest float32 spelling is the number meant
+        rms_norm_eps=float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
+        rope_parameters={"rope_type": "default", "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0))},
+        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in tensors),
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=fields["tokenizer.ggml.eos_token_id"],
+        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
+        dtype="float32",
+    )
+
+
+def _generation_config(fields: _Fields) -> Any:
+    """Generation ends at the end of sequence and, where the file names another one, at the end of turn."""
+    from transformers import GenerationConfig
+
+    ends = [fields["tokenizer.ggml.eos_token_id"]]
+    if (turn := fields.get("tokenizer.ggml.eot_token_id", ends[0])) not in ends:
+        ends.append(turn)
+    return GenerationConfig(
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=ends,
+        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
+    )
+
+
+def _weights(source: Path, config: LlamaConfig, tensors: list[ReaderTensor]) -> dict[str, np.ndarray]:
+    """Hugging Face name -> float32 array; every name of the model once, or ConfigError."""
+    expected = {f"model.layers.{i}.{name}.weight" for i in range(config.num_hidden_layers) for name in _LAYER.values()}
+    expected |= set(_TOP.values()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    weights = {}
+    for tensor in tensors:
+        name = _name(tensor.name)
+        if name not in expected:
+            raise ConfigError(f"{source}: tensor {tensor.name!r} has no place in a Llama; the file cannot be converted")
+        try:
+            weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise ConfigError(f"{source}: {tensor.name!r} is of type {kind}, which gguf cannot dequantise") from None
+        if name.endswith("q_proj.weight"):
+            weight = _halves(weight, config.num_attention_heads)
+        elif name.endswith("k_proj.weight"):
+            weight = _halves(weight, config.num_key_value_heads)
+        weights[name] = np.ascontiguousarray(weight)
+    if missing := sorted(expected - weights.keys()):
+        raise ConfigError(f"{source} lacks {len(missing)} tensors, the first {missing[0]}; fetch or convert it again")
+    return weights
+
+
+def _name(name: str) -> str | None:
+    """Hugging Face's name of a GGUF tensor; None for an unknown one."""
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match is None:
+        return _TOP.get(name)
+    layer, part = match.groups()
+    return f"model.layers.{layer}.{_LAYER[part]}.weight" if part in _LAYER else None
+
+
+def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [heads, d/2, 2] (pairs are neighbours, llama.cpp) -> [heads, 2, d/2] (pairs lie d/2 apart)."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def _tokenizer(fields: _Fields, max_length: int) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    fields.refuse("tokenizer.ggml.model", "gpt2")
+    fields.refuse("tokenizer.ggml.pre", *_PRE_TOKENIZERS)
+    fields.refuse("tokenizer.ggml.add_bos_token", False)
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = _PRE_TOKENIZERS[fields["tokenizer.ggml.pre"]]
+    backend.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
+            added = AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)
+            (backend.add_special_tokens if added.special else backend.add_tokens)([added])
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    named = {role: fields.get(f"tokenizer.ggml.{key}_token_id") for role, key in roles.items()}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        **{role: tokens[index] for role, index in named.items() if index is not None},
+    )
+    tokenizer.chat_template = fields.get("tokenizer.chat_template")
+    return tokenizer

@@ -1,0 +1,104 @@
+"""Collectives with their group as an argument; `group=None` is one process, where each of them is the identity.
+
+Every rank of the group must call. Autograd: `copy_to_group` and `gather_rows` are conjugate pairs, so that a loss
+computed from sharded weights gives the hidden states their whole gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank(group: ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the group, in place; returns `tensor`."""
+    if size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def gather(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """`[size, *shape]`: every rank's tensor, in rank order; all must have one shape."""
+    if size(group) == 1:
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+def max_int(value: int, group: ProcessGroup | None, device: torch.device | str = "cpu") -> int:
+    """The largest of the ranks' integers: how ranks agree before they branch."""
+    if size(group) == 1:
+        return value
+    agreed = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
+    return int(agreed)
+
+
+def sum_int(value: int, group: ProcessGroup | None, device: torch.device | str = "cpu") -> int:
+    """The exact sum of the ranks' integers."""
+    return int(sum_(torch.tensor([value], dtype=torch.int64, device=device), group))
+
+
+def broadcast_object(value: Any, group: ProcessGroup | None, source: int = 0) -> Any:
+    """`value` of the group's rank `source`, on every rank; pickled: small things that we made ourselves only."""
+    if size(group) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=source)
+    return box[0]
+
+
+def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
+    """Every rank's value in rank order, on every rank; pickled: small things that we made ourselves only."""
+    if size(group) == 1:
+        return [value]
+    box: list[Any] = [None] * size(group)
+    dist.all_gather_object(box, value, group=group)
+    return box
+
+
+class _CopyToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return sum_(grad.contiguous().clone(), ctx.group), None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group, ctx.rows = group, tensor.shape[0]
+        return gather(tensor, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        whole = sum_(grad.contiguous().clone(), ctx.group)
+        start = rank(ctx.group) * ctx.rows
+        return whole[start : start + ctx.rows], None
+
+
+def copy_to_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Identity forward; sums the gradient over the group: a replicated input that feeds sharded weights."""
+    return tensor if size(group) == 1 else _CopyToGroup.apply(tensor, group)
+
+
+def gather_rows(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """`[T / size, ...]` on each rank -> `[T, ...]` on all; backward sums over ranks and keeps this rank's rows."""
+    return tensor if size(group) == 1 else _GatherRows.apply(tensor, group)

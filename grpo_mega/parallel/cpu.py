@@ -1,0 +1,109 @@
+"""A stand-in for the parts of `torch.cuda` that megatron-core takes for granted, so that it runs on a CPU.
+
+Installed only where no GPU is present, by `device.prepare()`. It answers four habits of megatron-core 0.16.1:
+
+- `device="cuda"` and `Tensor.cuda()` (the token counter of pipeline_parallel/schedules.py, found_inf and the scale of
+  optimizer/optimizer.py, clip_grads.py, dist_checkpointing/exchange_utils.py): read as the CPU;
+- `Tensor.type()` compared with "torch.cuda.FloatTensor" (optimizer.py, distrib_optimizer.py): answered with that prefix;
+- `torch.cuda.current_device()` given as a device, synchronize, streams and events: the CPU device, and nothing to wait for;
+- the CUDA random state of tensor_parallel/random.py: torch's own CPU generator.
+
+Nothing of it changes a number. A version of megatron-core that it was not checked with is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from grpo_mega.errors import ConfigError
+
+CHECKED_VERSIONS = ("0.16.1",)
+_CPU = torch.device("cpu")
+_installed: CudaOnCpu | None = None
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class CudaOnCpu(TorchFunctionMode):
+    """Reads a CUDA device argument as the CPU. Active from `install` on, in the thread that installed it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if kwargs and _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and any(_is_cuda(arg) for arg in args[1:]):
+            args = (args[0], *(_CPU if _is_cuda(arg) else arg for arg in args[1:]))
+        elif func is torch.Tensor.cuda:
+            return args[0]
+        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **(kwargs or {}))
+
+
+class _Stream:
+    """A stream of a device that finishes every operation before it returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+    def wait_event(self, _: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record(self, _: Any = None) -> None: ...
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+    def wait(self, _: Any = None) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def check_version() -> None:
+    """Refuse a megatron-core whose habits were not read: a stand-in that misses one would fail far from here."""
+    found = importlib.metadata.version("megatron-core")
+    if found not in CHECKED_VERSIONS:
+        raise ConfigError(
+            f"megatron-core {found} has not been checked with the CPU stand-in; install megatron-core=="
+            f"{CHECKED_VERSIONS[-1]}, or run on a machine with a GPU"
+        )
+
+
+def install() -> None:
+    """Put the stand-in in place; a second call does nothing. Call before megatron.core is used."""
+    global _installed
+    if _installed is not None:
+        return
+    check_version()
+    cuda = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = cuda.empty_cache = cuda.set_device = lambda *_, **__: None
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
+    cuda.stream = lambda _: contextlib.nullcontext()
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _installed = CudaOnCpu()
+    _installed.__enter__()
+
+
+@contextlib.contextmanager
+def suspended():
+    """Leave the mode for a hot loop that names no device (a Python call an operator is felt in decoding)."""
+    if _installed is None:
+        yield
+        return
+    with torch._C.DisableTorchFunction():
+        yield

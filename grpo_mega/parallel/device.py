@@ -1,0 +1,46 @@
+"""Which device and which collective backend this process uses, and how many threads: decided here, once."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+from grpo_mega.parallel import cpu
+
+_prepared: torch.device | None = None
+
+
+def prepare() -> torch.device:
+    """Bind this process to its device and return it: CUDA device LOCAL_RANK, or the CPU with megatron's stand-in.
+
+    On a CPU the cores are divided among the ranks of this host: threads beyond that cost a factor of 7.
+    """
+    global _prepared
+    if _prepared is not None:
+        return _prepared
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|[Aa]pex|Falling back to Torch Norm).*")
+    if torch.cuda.is_available():
+        _prepared = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(_prepared)
+        return _prepared
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    cpu.install()
+    _prepared = torch.device("cpu")
+    return _prepared
+
+
+def backend(device: torch.device) -> str:
+    """The torch.distributed backend for collectives of tensors on `device`."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: what the CUDA allocator reserved, or the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
