@@ -172,7 +172,7 @@ def _weights(source: Path, config: LlamaConfig, tensors: list[ReaderTensor]) -> 
         if name.endswith("q_proj.weight"):
             weight = _halves(weight, config.num_attention_heads)
         elif name.endswith("k_proj.weight"):
-            weight = _halves(weight, config.num_key_value_heads)
+            weight = _halves(weight, config.num_key_value_heads or config.num_attention_heads)
         weights[name] = np.ascontiguousarray(weight)
     if missing := sorted(expected - weights.keys()):
         raise ConfigError(f"{source} lacks {len(missing)} tensors, the first {missing[0]}; fetch or convert it again")

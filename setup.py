@@ -1,0 +1,43 @@
+"""Packaging. requirements.txt pins what the tests run with; the ranges here are what the code is written for."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "grpo_mega" / "__init__.py").read_text(encoding="utf-8"))
+
+setup(
+    name="grpo_mega",
+    version=VERSION.group(1),
+    description="GRPO on megatron-core: how you shard it never changes what you compute",
+    license="Apache-2.0",
+    packages=find_packages(include=["grpo_mega", "grpo_mega.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11,<3",
+        "megatron-core>=0.16.1,<0.20",
+        "einops",  # megatron-core imports it without declaring it
+        "psutil",  # the same, in its checkpoint writer
+        "numpy>=1.26,<3",
+        "transformers>=5,<6",
+        "tokenizers>=0.22,<1",
+        "jinja2>=3.1",  # chat templates
+        "sentencepiece>=0.2",
+        "safetensors>=0.5,<1",
+        "gguf>=0.17,<1",
+        "pydantic>=2.7,<3",
+        "pyyaml>=6",
+        "rich>=13",
+        "reasoning-gym>=0.1.25,<0.2",
+    ],
+    extras_require={
+        # NVIDIA apex has no package there (PyPI's "apex" is unrelated); Transformer Engine serves without it
+        "gpu": ["transformer-engine[pytorch]>=2.9", "triton>=3"],
+        "mpi": ["mpi4py>=4"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3"],
+        "dev": ["ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["grpo-mega = grpo_mega.cli:main"]},
+)

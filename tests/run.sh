@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The whole test suite, from nothing: bash tests/run.sh [pytest arguments]
+set -euo pipefail
+
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
+python tools/fetch_smollm2.py models/SmolLM2-135M-Instruct
+exec python -m pytest tests -q --timeout=300 "$@"
