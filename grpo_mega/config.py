@@ -7,7 +7,8 @@ world size. Unknown keys are errors that name the nearest known one.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,14 +19,17 @@ from grpo_mega.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+Counts = Annotated[tuple[NonNegative, ...], Field(strict=False)]  # YAML has lists, no tuples
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # strict: `save_every: true` is not 1, and `num_steps: "10"` is not 10
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class ModelConfig(Section):
-    path: str  # Hugging Face folder of the policy's first weights
+    path: Name  # Hugging Face folder of the policy's first weights
     recompute: Literal["none", "full"] = "none"  # full: activations of a layer are computed again in the backward
 
 
@@ -37,7 +41,7 @@ class ParallelConfig(Section):
     tensor: Positive = 1
     pipeline: Positive = 1
     sequence: bool = False  # megatron's sequence parallelism: activations between layers are sharded over tensor ranks
-    pipeline_layout: tuple[NonNegative, ...] | None = None  # layers of each stage; default: balanced by cost
+    pipeline_layout: Counts | None = None  # layers of each stage; default: balanced by cost
 
     @model_validator(mode="after")
     def _layout(self) -> ParallelConfig:
@@ -59,11 +63,11 @@ class PrecisionConfig(Section):
     def _dtype(cls, value: str) -> str:
         if value == "fp16":
             raise ValueError(
-                "fp16 is refused: it keeps 11 bits of a ratio whose clip range is a few hundredths, and needs loss "
+                "is refused: it keeps 11 bits of a ratio whose clip range is a few hundredths, and needs loss "
                 "scaling that skips steps; use fp32"
             )
         if value != "fp32":
-            raise ValueError(f"{value!r} is not supported; use fp32")
+            raise ValueError("is not supported; use fp32")
         return value
 
 
@@ -80,7 +84,8 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _source(self) -> DataConfig:
         if (self.jsonl is None) == (self.reasoning_gym is None):
-            raise ValueError("give exactly one of data.jsonl and data.reasoning_gym")
+            found = "both" if self.jsonl is not None else "neither"
+            raise ValueError(f"data.jsonl and data.reasoning_gym: {found} given; give exactly one of them")
         if "{prompt}" not in self.instruction:
             raise ValueError(f"data.instruction={self.instruction!r} does not contain {{prompt}}; put it in")
         return self
@@ -96,7 +101,7 @@ class RewardConfig(Section):
 class SamplingConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     max_completion_tokens: Positive = 256
-    stop_token_ids: tuple[NonNegative, ...] = ()  # besides the tokenizer's end of sequence (and end of turn)
+    stop_token_ids: Counts = ()  # besides the tokenizer's end of sequence (and end of turn)
     max_rows: Positive = 64  # completions decoded together on one data-parallel rank
 
 
@@ -113,7 +118,7 @@ class GrpoConfig(Section):
     def _group(cls, value: int) -> int:
         if value < 2:
             raise ValueError(
-                f"{value} leaves nothing to compare a completion with: the standard deviation of a group of one is "
+                "leaves nothing to compare a completion with: the standard deviation of a group of one is "
                 "undefined; use 2 or more (DeepSeekMath uses 64)"
             )
         return value
@@ -147,7 +152,7 @@ class OptimizerConfig(Section):
 
 
 class RunConfig(Section):
-    directory: str
+    directory: Name
     num_steps: Positive = 100
     seed: NonNegative = 0
     save_every: NonNegative = 0  # 0: only at the end
@@ -173,31 +178,60 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out: `load_recipe` of it gives the same recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number (YAML 1.1 asks for a dot) and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe.
 
-    overrides: ["--section.key", "value", "--section.key=value", ...]; a value is read as YAML (8, 1e-6, true, [1, 2]).
+    overrides: ["--section.key", "value", "--section.key=value", ...]. A value is read as YAML (8, 1e-6, true, [1, 2]),
+    except that a key which holds text takes it as it stands ("{prompt}" is YAML for a mapping); null unsets it.
     Raises ConfigError naming the file, the key, the value found and the remedy.
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"recipe {path} is not valid YAML: {reason}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path} is not UTF-8 ({error.reason} at byte {error.start}); save as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {_yaml_reason(error)}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"recipe {path} holds {type(tree).__name__}, not sections (model:, data:, run:, ...)")
+        found = "is empty" if tree is None else f"holds a {type(tree).__name__}"
+        raise ConfigError(f"recipe {path} {found}; write its sections (model:, data:, run:, ...)")
     _check_sections(tree, str(path))
     for key, value in _parse_overrides(overrides):
         section, _, name = key.partition(".")
-        if section not in Recipe.model_fields or not name:
+        if section not in Recipe.model_fields:
             raise ConfigError(f"--{key} names no recipe section{_nearest(section, Recipe.model_fields)}")
-        _set(tree.setdefault(section, {}) or tree.__setitem__(section, {}) or tree[section], name, value, key)
+        if not name:
+            raise ConfigError(f"--{key} names a section, not one of its keys; write --{key}.key value")
+        if tree.get(section) is None:
+            tree[section] = {}
+        _set(tree[section], name, value, key)
     return validate_recipe(tree, str(path))
 
 
@@ -209,8 +243,10 @@ def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
         raise ConfigError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from None
 
 
-def _check_sections(tree: dict[str, Any], origin: str) -> None:
+def _check_sections(tree: dict[Any, Any], origin: str) -> None:
     for section, value in tree.items():
+        if section not in Recipe.model_fields:
+            raise ConfigError(f"{origin}: unknown section {section!r}{_nearest(str(section), Recipe.model_fields)}")
         if value is not None and not isinstance(value, dict):
             raise ConfigError(f"{origin}: section {section!r} holds {value!r}; write its keys below it, indented")
 
@@ -219,28 +255,29 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
     pairs, rest = [], list(words)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"{word!r} is not an override; write --section.key value")
         key, equals, text = word[2:].partition("=")
+        if not word.startswith("--") or not key:
+            raise ConfigError(f"{word!r} is not an override; write --section.key value")
         if not equals:
             if not rest:
                 raise ConfigError(f"--{key} lacks a value; write --{key} value")
             text = rest.pop(0)
         try:
-            pairs.append((key, _number(yaml.safe_load(text))))
-        except yaml.YAMLError:
-            pairs.append((key, text))
+            pairs.append((key, text if _holds_text(key) and text != "null" else yaml.load(text, Loader=_Loader)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{key}={text}: the value is not valid YAML: {_yaml_reason(error)}") from None
     return pairs
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-6 (no dot) as a string; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _holds_text(key: str) -> bool:
+    section, _, name = key.partition(".")
+    fields = _fields(section)
+    return name in fields and fields[name].annotation in (str, str | None)
+
+
+def _fields(section: str) -> Mapping[str, Any]:
+    annotation: Any = Recipe.model_fields[section].annotation if section in Recipe.model_fields else Section
+    return annotation.model_fields
 
 
 def _set(section: dict[str, Any], name: str, value: Any, key: str) -> None:
@@ -250,7 +287,7 @@ def _set(section: dict[str, Any], name: str, value: Any, key: str) -> None:
         return
     child = section.setdefault(head, {})
     if not isinstance(child, dict):
-        raise ConfigError(f"--{key}: {head!r} is not a mapping, so it has no {tail!r}")
+        raise ConfigError(f"--{key}: {head!r} holds {child!r}, so it has no key {tail!r}; drop .{tail}")
     _set(child, tail, value, key)
 
 
@@ -259,13 +296,29 @@ def _nearest(word: str, known: Any) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
 
 
+def _yaml_reason(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    reason = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {reason}" if mark else reason
+
+
 def _describe(item: Any) -> str:
+    """One problem as a sentence: a validator's message continues "section.key=value ..." unless it names its keys."""
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        parent = Recipe.model_fields[item["loc"][0]].annotation if len(item["loc"]) > 1 else Recipe
-        return f"unknown key {where}{_nearest(str(item['loc'][-1]), parent.model_fields)}"
+        return f"unknown key {where}{_nearest(str(item['loc'][-1]), _fields(item['loc'][0]))}"
     if item["type"] == "missing":
-        return f"{where} is missing; it has no default"
-    message = item["msg"].removeprefix("Value error, ")
-    found = item["input"]
-    return f"{where}={found!r}: {message}" if where and not isinstance(found, dict) else message
+        if len(item["loc"]) == 1:
+            return f"section {where} is missing; write {where}: and its keys below it"
+        return f"{where} is missing and has no default; write it in the recipe or pass --{where} value"
+    message, found = item["msg"].removeprefix("Value error, "), item["input"]
+    if item["type"] == "value_error" and isinstance(found, dict):
+        return message
+    if item["type"] == "string_type":
+        return f"{where}={found!r} was not read as text; put it in quotes"
+    for pydantic_word, ours in _WORDS.items():
+        message = message.replace(pydantic_word, ours)
+    return f"{where}={found!r} {message}"
+
+
+_WORDS = {"Input should": "should", "String should": "should", "valid tuple": "list", "valid dictionary": "mapping"}
