@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from grpo_mega.data.packing import first_fit, pack, partition, row_lengths, split
+from grpo_mega.types import Sample
+
+# prompt 11 12, completion 13 0: the sampled token 0 equals the padding's id
+FIRST = Sample(
+    order=0,
+    token_ids=(11, 12, 13, 0),
+    loss_mask=(False, False, True, True),
+    sampler_logprobs=(0.0, 0.0, -0.25, -0.5),
+    advantage=2.0,
+    weight=0.5,
+)
+# prompt 21, completion 22 23
+SECOND = Sample(
+    order=1,
+    token_ids=(21, 22, 23),
+    loss_mask=(False, True, True),
+    sampler_logprobs=(0.0, -1.0, -2.0),
+    advantage=-1.0,
+    weight=0.25,
+)
+# prompt 31, completion 32, which does not count
+SILENT = Sample(
+    order=2, token_ids=(31, 32), loss_mask=(False, False), sampler_logprobs=(0.0, -3.0), advantage=5.0, weight=0.0
+)
+
+
+def packed(samples, rows, scale=1.0, dtype=torch.float32):
+    return pack(samples, rows, scale=scale, dtype=dtype, device="cpu")
+
+
+def test_two_samples_shifted_masked_and_padded():
+    batch = packed([FIRST, SECOND], 7, scale=8.0)
+    assert batch.input_ids.tolist() == [11, 12, 13, 21, 22, 0, 0]
+    assert batch.targets.tolist() == [12, 13, 0, 22, 23, 0, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 0]
+    assert batch.segment_ids.tolist() == [0, 0, 0, 1, 1, -1, -1]
+    assert batch.loss_weights.tolist() == [0.0, 4.0, 4.0, 2.0, 2.0, 0.0, 0.0]
+    assert batch.advantages.tolist() == [0.0, 2.0, 2.0, -1.0, -1.0, 0.0, 0.0]
+    assert batch.sampler_logprobs.tolist() == [0.0, -0.25, -0.5, -1.0, -2.0, 0.0, 0.0]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert (batch.max_seqlen, batch.rows) == (3, 7)
+    assert batch.old_logprobs is None and batch.ref_logprobs is None
+    assert row_lengths([FIRST, SECOND]) == [3, 2]
+
+
+def test_dtypes():
+    batch = packed([FIRST], 3, dtype=torch.float64)
+    ids = (batch.input_ids, batch.targets, batch.position_ids, batch.segment_ids)
+    assert {tensor.dtype for tensor in ids} == {torch.int64}
+    assert {t.dtype for t in (batch.loss_weights, batch.advantages, batch.sampler_logprobs)} == {torch.float64}
+    assert batch.cu_seqlens.dtype == torch.int32
+
+
+def test_a_sampled_token_that_looks_like_padding_is_trained_on():
+    batch = packed([FIRST], 5)
+    assert batch.targets[2] == 0 and batch.loss_weights[2] == 0.5
+    assert batch.targets[3:].tolist() == [0, 0] and batch.loss_weights[3:].tolist() == [0.0, 0.0]
+
+
+def test_a_sample_that_does_not_count_is_read_and_not_trained_on():
+    batch = packed([SILENT], 1)
+    assert (batch.input_ids.tolist(), batch.targets.tolist()) == ([31], [32])
+    assert batch.loss_weights.tolist() == batch.advantages.tolist() == batch.sampler_logprobs.tolist() == [0.0]
+
+
+def test_loss_weights_are_rounded_once_from_float64():
+    weight, scale = 1 / 3, 7 / 9
+    sample = Sample(0, (1, 2), (False, True), (0.0, -1 / 3), 1 / 7, weight)
+    exact = packed([sample], 1, scale, torch.float64)
+    assert exact.loss_weights.item() == weight * scale
+    assert exact.advantages.item() == 1 / 7 and exact.sampler_logprobs.item() == -1 / 3
+    rounded = packed([sample], 1, scale).loss_weights
+    assert rounded.item() == torch.tensor(weight * scale, dtype=torch.float64).float().item()
+
+
+def test_a_microbatch_of_padding_alone():
+    batch = packed([], 2)
+    assert batch.segment_ids.tolist() == [-1, -1] and batch.loss_weights.tolist() == [0.0, 0.0]
+    assert batch.cu_seqlens.tolist() == [0] and batch.max_seqlen == 0 and batch.rows == 2
+
+
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(ValueError, match="segments of 5 rows do not fit into 4; nothing is ever cut"):
+        packed([FIRST, SECOND], 4)
+    for tokens, mask in (((1,), (False,)), ((1, 2), (True, True))):
+        with pytest.raises(ValueError, match=f"sample 3 of {len(tokens)} tokens: nothing predicts its first token"):
+            packed([Sample(3, tokens, mask, (0.0,) * len(tokens), 1.0, 1.0)], 9)
+
+
+def test_split_follows_global_positions_wherever_their_groups_are():
+    # 6 prompts in 3 minibatches: positions 0 1 | 2 3 | 4 5
+    assert split([5, 0, 3, 1], 6, 3) == [[1, 3], [2], [0]]
+    assert split([4], 6, 3) == [[], [], [0]]
+    assert split([2, 0, 1], 3, 1) == [[1, 2, 0]]
+    # two ranks' shares together are the whole step's split
+    whole, left, right = ([4, 1, 0, 3, 2, 5], [4, 1, 0], [3, 2, 5])
+    for k in range(2):
+        both = {left[i] for i in split(left, 6, 2)[k]} | {right[i] for i in split(right, 6, 2)[k]}
+        assert both == {whole[i] for i in split(whole, 6, 2)[k]} == {3 * k, 3 * k + 1, 3 * k + 2}
+    with pytest.raises(ValueError, match="6 prompts do not split into 4 equal minibatches"):
+        split([0], 6, 4)
+    for outside in (-1, 6):
+        with pytest.raises(ValueError, match=f"position {outside} is outside the step's 6 prompts"):
+            split([outside], 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "bins"),
+    [
+        ([], 10, 0),
+        ([4, 8, 1, 4, 2, 1], 10, 2),  # 8+2, 4+4+1+1
+        ([6, 6, 6], 10, 3),
+        ([25, 1], 10, 2),  # 25 alone, and nothing joins it
+        ([10, 10], 10, 2),
+    ],
+)
+def test_first_fit_by_hand(lengths, capacity, bins):
+    assert first_fit(lengths, capacity) == bins
+
+
+def test_first_fit_lies_between_the_volume_bound_and_one_bin_a_segment():
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = [rng.randint(1, 40) for _ in range(rng.randint(0, 30))]
+        capacity = rng.randint(10, 60)
+        bins = first_fit(lengths, capacity)
+        assert -(-sum(min(n, capacity) for n in lengths) // capacity) <= bins <= len(lengths)
+        assert bins == first_fit(lengths[::-1], capacity)
+        # no two bins of first-fit are both at most half full
+        assert bins <= 1 + 2 * sum(lengths) / capacity
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bins", "expected"),
+    [
+        ([5, 5, 4, 3, 3], 2, [[0, 2], [1, 3, 4]]),  # 5 | 5, 4 to the first, 3 to the second, 3 to the second: 9 | 11
+        ([2, 9, 2, 2], 2, [[1], [0, 2, 3]]),
+        ([1, 1], 3, [[0], [1], []]),
+        ([], 2, [[], []]),
+    ],
+)
+def test_partition_by_hand(lengths, bins, expected):
+    assert partition(lengths, bins) == expected
+
+
+def test_partition_places_every_index_once_and_balances():
+    rng = random.Random(1)
+    for _ in range(200):
+        lengths = [rng.randint(1, 40) for _ in range(rng.randint(0, 30))]
+        bins = rng.randint(1, 8)
+        parts = partition(lengths, bins)
+        assert len(parts) == bins and all(part == sorted(part) for part in parts)
+        assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+        loads = [sum(lengths[i] for i in part) for part in parts]
+        assert max(loads) <= sum(lengths) / bins + max(lengths, default=0)
+        assert all(parts) or len(lengths) < bins
+    with pytest.raises(ValueError, match="0 bins cannot hold 1 segments; use at least 1"):
+        partition([3], 0)
