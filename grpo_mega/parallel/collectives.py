@@ -102,3 +102,23 @@ def copy_to_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
 def gather_rows(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """`[T / size, ...]` on each rank -> `[T, ...]` on all; backward sums over ranks and keeps this rank's rows."""
     return tensor if size(group) == 1 else _GatherRows.apply(tensor, group)
+
+
+def send_to_first(tensor: Tensor | None, source: int, group: ProcessGroup | None) -> Tensor | None:
+    """The tensor of the group's rank `source`, on the group's first rank; None elsewhere. All ranks call; only two act."""
+    me = rank(group)
+    if source == 0:
+        return tensor if me == 0 else None
+    if me == source:
+        assert tensor is not None
+        header = [(tuple(tensor.shape), tensor.dtype)]
+        dist.send_object_list(header, group=group, group_dst=0)
+        dist.send(tensor.detach().contiguous(), group=group, group_dst=0)
+    elif me == 0:
+        header = [None]
+        dist.recv_object_list(header, group=group, group_src=source)
+        shape, dtype = header[0]
+        result = torch.empty(shape, dtype=dtype)
+        dist.recv(result, group=group, group_src=source)
+        return result
+    return None

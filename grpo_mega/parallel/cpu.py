@@ -64,6 +64,19 @@ class _Stream:
         return True
 
 
+def _answering(value: Any):
+    """A new function each time: torch._dynamo's table of torch functions refuses one object under two names."""
+    return lambda *_, **__: value
+
+
+def _get_state():
+    return lambda *_, **__: torch.get_rng_state()
+
+
+def _set_state():
+    return lambda state, *_, **__: torch.set_rng_state(state)
+
+
 def check_version() -> None:
     """Refuse a megatron-core whose habits were not read: a stand-in that misses one would fail far from here."""
     found = importlib.metadata.version("megatron-core")
@@ -81,20 +94,20 @@ def install() -> None:
         return
     check_version()
     cuda = torch.cuda
-    cuda.current_device = lambda: _CPU
-    cuda.synchronize = cuda.empty_cache = cuda.set_device = lambda *_, **__: None
-    cuda.Stream = cuda.Event = _Stream
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
-    cuda.stream = lambda _: contextlib.nullcontext()
-    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.manual_seed = torch.manual_seed
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
+    for name in ("synchronize", "empty_cache", "set_device"):
+        setattr(cuda, name, _answering(None))
+    cuda.current_device = _answering(_CPU)
+    cuda.Stream, cuda.Event = type("Stream", (_Stream,), {}), type("Event", (_Stream,), {})
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, _answering(_Stream()))
+    cuda.stream = _answering(contextlib.nullcontext())
+    cuda.get_rng_state, cuda.set_rng_state = _get_state(), _set_state()
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _answering(None), _answering(None)
 
     from megatron.core.tensor_parallel import random
 
-    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    random._get_cuda_rng_state, random._set_cuda_rng_state = _get_state(), _set_state()
     _installed = CudaOnCpu()
     _installed.__enter__()
 

@@ -1,0 +1,145 @@
+"""What a Hugging Face `config.json` says of a model, checked and in our own words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_mega.errors import ConfigError
+
+SUPPORTED = {"LlamaForCausalLM": "llama"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU feed-forward."""
+
+    folder: Path
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    norm_eps: float
+    context_length: int
+    attention_bias: bool
+    mlp_bias: bool
+    raw: dict[str, Any]
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one decoder layer's matrices."""
+        attention = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return self.hidden_size * (attention + 3 * self.ffn_size)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the output layer."""
+        return self.hidden_size * self.vocab_size
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """Read and check `folder/config.json`. Raises ConfigError with the value found and the remedy."""
+    folder = Path(folder)
+    raw = _read_json(folder)
+    names = raw.get("architectures") or ["nothing"]
+    if names[0] not in SUPPORTED:
+        raise ConfigError(
+            f"{folder}/config.json names the architecture {names[0]!r}; supported: {', '.join(SUPPORTED)}"
+        )
+    try:
+        heads = int(raw["num_attention_heads"])
+        result = Architecture(
+            folder=folder,
+            hidden_size=int(raw["hidden_size"]),
+            num_layers=int(raw["num_hidden_layers"]),
+            num_heads=heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
+            ffn_size=int(raw["intermediate_size"]),
+            vocab_size=int(raw["vocab_size"]),
+            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            context_length=int(raw.get("max_position_embeddings", 2048)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            raw=raw,
+        )
+    except KeyError as missing:
+        raise ConfigError(f"{folder}/config.json lacks {missing}; take the folder from the model's publisher") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}/config.json holds a value of the wrong kind: {error}") from None
+    _check(result)
+    return result
+
+
+def check_layout(arch: Architecture, tensor: int, pipeline: int) -> None:
+    """Raise ConfigError unless the model can be cut into `tensor` x `pipeline` parts."""
+    fits = [
+        t for t in range(1, arch.num_heads + 1)
+        if arch.num_heads % t == 0 and arch.ffn_size % t == 0 and max(arch.num_kv_heads, t) % min(arch.num_kv_heads, t) == 0
+    ]  # fmt: skip
+    if tensor not in fits:
+        raise ConfigError(
+            f"parallel.tensor={tensor} does not divide the model's {arch.num_heads} attention heads, "
+            f"{arch.num_kv_heads} key-value heads and {arch.ffn_size} feed-forward channels; use tensor in {fits}"
+        )
+    if pipeline > arch.num_layers:
+        raise ConfigError(
+            f"parallel.pipeline={pipeline} exceeds the model's {arch.num_layers} layers; use at most {arch.num_layers}"
+        )
+
+
+def rope_inverse_frequencies(arch: Architecture) -> tuple[Any, float]:
+    """(`[head_dim / 2]` float32 radians a position, factor on cos and sin); arXiv:2104.09864, scaling as configured."""
+    import torch
+
+    parameters = arch.raw.get("rope_parameters") or arch.raw.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        theta = float(parameters.get("rope_theta", arch.raw.get("rope_theta", 10000.0)))
+        exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+        return 1.0 / theta**exponents, 1.0
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ConfigError(
+            f"{arch.folder}/config.json asks for rope_type={kind!r}; supported: default, linear, llama3, yarn"
+        )
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(LlamaConfig.from_dict(dict(arch.raw)))
+    return rotary.inv_freq.float(), float(rotary.attention_scaling)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model folder {folder} does not exist; give a Hugging Face folder (config.json and safetensors)"
+        )
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{folder}/config.json cannot be read: {error.strerror}; is it a model folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{folder}/config.json is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{folder}/config.json holds {type(raw).__name__}, not an object")
+    return raw
+
+
+def _check(arch: Architecture) -> None:
+    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size"):
+        if getattr(arch, name) < 1:
+            raise ConfigError(f"{arch.folder}/config.json: {name}={getattr(arch, name)} must be positive")
+    if arch.num_heads % arch.num_kv_heads:
+        raise ConfigError(
+            f"{arch.folder}/config.json: {arch.num_heads} attention heads are not a multiple of "
+            f"{arch.num_kv_heads} key-value heads"
+        )
+    if arch.raw.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"{arch.folder}/config.json: hidden_act={arch.raw['hidden_act']!r}; supported: 'silu'")

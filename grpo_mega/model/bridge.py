@@ -1,0 +1,281 @@
+"""Names and slices: which part of which Hugging Face tensor each megatron parameter of each rank holds.
+
+One table, `pieces`, serves both directions: reading takes the pieces out of the folder's tensors, writing puts them
+back and refuses to finish while a tensor is incomplete. Llama naming on one side, megatron's local spec on the other.
+
+Megatron keeps query, key and value of one key-value group together: rows q.. k v | q.. k v | ..., head_dim rows a head;
+`linear_fc1` is the gate's slice above the up projection's; a row-parallel weight is cut along its columns.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from grpo_mega.errors import ConfigError
+from grpo_mega.model.architecture import Architecture
+from grpo_mega.model.layout import first_layer
+from grpo_mega.parallel import collectives
+from grpo_mega.parallel.mesh import Mesh
+
+SHARD_BYTES = 4 << 30
+IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old folders carry; it follows from config.json
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model-parallel coordinate: which tensor rank of which stage."""
+
+    tensor: int
+    tensor_size: int
+    stage: int
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mesh: Mesh, layers: tuple[int, ...]) -> Place:
+        return cls(mesh.tensor.rank, mesh.tensor.size, mesh.pipeline.rank, layers)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """local[start : start + length] along `dim` holds tensor[source : source + length] along the same `dim`."""
+
+    name: str
+    dim: int
+    source: int
+    start: int
+    length: int
+
+
+def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the Hugging Face folder must hold, with its shape."""
+    h, d = arch.hidden_size, arch.head_dim
+    result = {"model.embed_tokens.weight": (arch.vocab_size, h), "model.norm.weight": (h,)}
+    if not arch.tied_embeddings:
+        result["lm_head.weight"] = (arch.vocab_size, h)
+    for n in range(arch.num_layers):
+        layer = f"model.layers.{n}."
+        result |= {
+            layer + "input_layernorm.weight": (h,),
+            layer + "self_attn.q_proj.weight": (arch.num_heads * d, h),
+            layer + "self_attn.k_proj.weight": (arch.num_kv_heads * d, h),
+            layer + "self_attn.v_proj.weight": (arch.num_kv_heads * d, h),
+            layer + "self_attn.o_proj.weight": (h, arch.num_heads * d),
+            layer + "post_attention_layernorm.weight": (h,),
+            layer + "mlp.gate_proj.weight": (arch.ffn_size, h),
+            layer + "mlp.up_proj.weight": (arch.ffn_size, h),
+            layer + "mlp.down_proj.weight": (h, arch.ffn_size),
+        }
+    return result
+
+
+def pieces(arch: Architecture, place: Place) -> Iterator[tuple[str, list[Piece]]]:
+    """(megatron parameter name, its pieces) for every parameter of one place, layer by layer."""
+    rank, size = place.tensor, place.tensor_size
+
+    def part(name: str, dim: int, length: int, start: int = 0) -> Piece:
+        return Piece(name, dim, rank * (length // size), start, length // size)
+
+    def whole(name: str) -> Piece:
+        return Piece(name, 0, 0, 0, arch.hidden_size)
+
+    if place.stage == 0:
+        yield "embedding.word_embeddings.weight", _vocabulary("model.embed_tokens.weight", arch, place)
+    first = first_layer(place.layers, place.stage)
+    for local in range(place.layers[place.stage]):
+        mine, theirs = f"decoder.layers.{local}.", f"model.layers.{first + local}."
+        yield mine + "input_layernorm.weight", [whole(theirs + "input_layernorm.weight")]
+        yield mine + "self_attention.linear_qkv.weight", _query_key_value(theirs + "self_attn.", arch, place)
+        columns = arch.num_heads * arch.head_dim
+        yield mine + "self_attention.linear_proj.weight", [part(theirs + "self_attn.o_proj.weight", 1, columns)]
+        yield mine + "pre_mlp_layernorm.weight", [whole(theirs + "post_attention_layernorm.weight")]
+        gate = part(theirs + "mlp.gate_proj.weight", 0, arch.ffn_size)
+        up = part(theirs + "mlp.up_proj.weight", 0, arch.ffn_size, start=gate.length)
+        yield mine + "mlp.linear_fc1.weight", [gate, up]
+        yield mine + "mlp.linear_fc2.weight", [part(theirs + "mlp.down_proj.weight", 1, arch.ffn_size)]
+    if place.stage == len(place.layers) - 1:
+        yield "decoder.final_layernorm.weight", [whole("model.norm.weight")]
+        if not arch.tied_embeddings:
+            yield "output_layer.weight", _vocabulary("lm_head.weight", arch, place)
+        elif len(place.layers) > 1:
+            yield "output_layer.weight", _vocabulary("model.embed_tokens.weight", arch, place)
+
+
+def _vocabulary(name: str, arch: Architecture, place: Place) -> list[Piece]:
+    """Rows of the padded vocabulary that are real; the rest stay zero."""
+    from grpo_mega.model.build import padded_vocab_size
+
+    rows = padded_vocab_size(arch.vocab_size, place.tensor_size) // place.tensor_size
+    source = place.tensor * rows
+    return [Piece(name, 0, source, 0, max(0, min(rows, arch.vocab_size - source)))]
+
+
+def _query_key_value(prefix: str, arch: Architecture, place: Place) -> list[Piece]:
+    """This rank's run of the interleaved rows; with fewer key-value heads than ranks it may cut through a group."""
+    d, per_group = arch.head_dim, arch.num_heads // arch.num_kv_heads
+    total = (arch.num_heads + 2 * arch.num_kv_heads) * d
+    begin, end = (place.tensor * total // place.tensor_size, (place.tensor + 1) * total // place.tensor_size)
+    result, row = [], 0
+    for group in range(arch.num_kv_heads):
+        for name, source, length in (
+            ("q_proj", group * per_group * d, per_group * d),
+            ("k_proj", group * d, d),
+            ("v_proj", group * d, d),
+        ):
+            low, high = max(begin, row), min(end, row + length)
+            if low < high:
+                result.append(Piece(f"{prefix}{name}.weight", 0, source + low - row, low - begin, high - low))
+            row += length
+    return result
+
+
+class Folder:
+    """The safetensors of a Hugging Face folder, opened lazily, read by slice."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            self.files = json.loads(index.read_text())["weight_map"]
+        elif (path / "model.safetensors").exists():
+            with safe_open(path / "model.safetensors", "pt") as handle:
+                self.files = dict.fromkeys(handle.keys(), "model.safetensors")
+        else:
+            raise ConfigError(f"{path} holds no model.safetensors; convert the weights to safetensors first")
+        self._open: dict[str, object] = {}
+
+    def slice(self, name: str):
+        file = self.files[name]
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(self.path / file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{self.path / file} cannot be read: {error}; fetch the file again") from None
+        return self._open[file].get_slice(name)
+
+    def check(self, arch: Architecture) -> None:
+        """Raise ConfigError for a tensor that is missing, unknown or of another shape than config.json says."""
+        wanted = shapes(arch)
+        missing = sorted(set(wanted) - set(self.files))
+        if missing:
+            raise ConfigError(f"{self.path} lacks {len(missing)} tensors, the first is {missing[0]}; fetch it again")
+        unknown = sorted(n for n in set(self.files) - set(wanted) if not n.endswith(IGNORED))
+        if arch.tied_embeddings:
+            unknown = [name for name in unknown if name != "lm_head.weight"]
+        if unknown:
+            raise ConfigError(
+                f"{self.path} holds {len(unknown)} tensors that config.json does not account for, the first is "
+                f"{unknown[0]}; is config.json the one that belongs to these weights?"
+            )
+        for name, shape in wanted.items():
+            found = tuple(self.slice(name).get_shape())
+            if found != shape:
+                raise ConfigError(f"{self.path}: {name} has shape {found}, config.json says {shape}")
+
+
+@torch.no_grad()
+def load(model: nn.Module, arch: Architecture, place: Place) -> None:
+    """Fill this rank's parameters from `arch.folder`, reading only their slices; padded vocabulary rows become 0."""
+    folder = Folder(arch.folder)
+    folder.check(arch)
+    parameters = dict(model.named_parameters())
+    for name, parts in pieces(arch, place):
+        parameter = parameters.pop(name)
+        parameter.zero_()
+        for piece in parts:
+            source = slice(piece.source, piece.source + piece.length)
+            view = folder.slice(piece.name)
+            value = view[source] if piece.dim == 0 else view[:, source]
+            parameter.narrow(piece.dim, piece.start, piece.length).copy_(value)
+    if parameters:
+        raise AssertionError(f"parameters without a source: {sorted(parameters)}")
+
+
+@torch.no_grad()
+def export(model: nn.Module, arch: Architecture, mesh: Mesh, layers: tuple[int, ...], destination: Path) -> None:
+    """Write the model as a Hugging Face folder that `transformers` loads: every rank of the first replica must call.
+
+    Tensors travel one at a time to the writer. The folder appears under its name only when it is complete.
+    """
+    parameters = dict(model.named_parameters())
+    me = Place.of(mesh, layers)
+    writer = _Writer(arch, destination) if mesh.is_writer else None
+    for stage in range(len(layers)):
+        tables = [list(pieces(arch, Place(t, mesh.tensor.size, stage, layers))) for t in range(mesh.tensor.size)]
+        for entries in zip(*tables, strict=True):
+            for tensor, (name, parts) in enumerate(entries):
+                mine = (me.stage, me.tensor) == (stage, tensor)
+                value = parameters[name] if mine else None
+                value = collectives.send_to_first(value, stage * mesh.tensor.size + tensor, mesh.replica.group)
+                if writer is not None:
+                    writer.put(value.cpu(), parts)
+    if writer is not None:
+        writer.close()
+
+
+class _Writer:
+    """Puts pieces together into tensors and tensors into files of at most SHARD_BYTES."""
+
+    def __init__(self, arch: Architecture, destination: Path):
+        self.arch, self.destination = arch, destination
+        self.partial = destination.with_name(destination.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self.shapes = shapes(arch)
+        self.missing = {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
+        self.open: dict[str, Tensor] = {}
+        self.ready: dict[str, Tensor] = {}
+        self.files: list[list[str]] = []
+        self.total = 0
+
+    def put(self, value: Tensor, parts: list[Piece]) -> None:
+        for piece in parts:
+            if self.missing[piece.name] == 0:
+                continue  # the tied output layer's copy, a replicated norm of another tensor rank
+            shape = self.shapes[piece.name]
+            tensor = self.open.setdefault(piece.name, torch.empty(shape, dtype=value.dtype))
+            part = value.narrow(piece.dim, piece.start, piece.length)
+            tensor.narrow(piece.dim, piece.source, piece.length).copy_(part)
+            self.missing[piece.name] -= part.numel()
+            if self.missing[piece.name] == 0:
+                self.ready[piece.name] = self.open.pop(piece.name)
+        if sum(t.nbytes for t in self.ready.values()) > SHARD_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.ready:
+            save_file(self.ready, self.partial / f"part-{len(self.files)}", metadata={"format": "pt"})
+            self.files.append(list(self.ready))
+            self.total += sum(t.nbytes for t in self.ready.values())
+            self.ready = {}
+
+    def close(self) -> None:
+        incomplete = [name for name, count in self.missing.items() if count]
+        if incomplete:
+            raise AssertionError(f"{len(incomplete)} tensors incomplete, the first is {incomplete[0]}")
+        dtype = str(next(iter(self.ready.values())).dtype).removeprefix("torch.")
+        self._flush()
+        count, weight_map = len(self.files), {}
+        for n, names in enumerate(self.files):
+            file = "model.safetensors" if count == 1 else f"model-{n + 1:05d}-of-{count:05d}.safetensors"
+            (self.partial / f"part-{n}").rename(self.partial / file)
+            weight_map |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+            (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        config = {key: value for key, value in self.arch.raw.items() if key != "torch_dtype"} | {"dtype": dtype}
+        (self.partial / "config.json").write_text(json.dumps(config, indent=2))
+        for source in self.arch.folder.iterdir():
+            if source.is_file() and source.suffix in (".json", ".jinja", ".model", ".txt") and "safetensors" not in source.name:
+                if not (self.partial / source.name).exists():
+                    shutil.copy2(source, self.partial)
+        shutil.rmtree(self.destination, ignore_errors=True)
+        self.partial.rename(self.destination)

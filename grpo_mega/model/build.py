@@ -1,0 +1,97 @@
+"""A megatron-core module for one rank: its pipeline stage's layers, its tensor rank's slices."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from grpo_mega.config import ParallelConfig
+from grpo_mega.model import bridge
+from grpo_mega.model.architecture import Architecture, check_layout, rope_inverse_frequencies
+from grpo_mega.model.attention import Rope
+from grpo_mega.model.layout import layers_per_stage
+from grpo_mega.model.specs import TrunkModel, block_spec
+from grpo_mega.parallel.mesh import Mesh
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """The next multiple of 8 x tensor: every rank holds equally many rows, aligned for matrix units."""
+    multiple = 8 * tensor
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype, recompute: str = "none"
+) -> TransformerConfig:
+    """megatron's configuration. Every fusion that needs apex or Transformer Engine is off; dropout is 0 in GRPO."""
+    layers = layers_per_stage(arch, parallel.pipeline, parallel.pipeline_layout)
+    stages: list[list[str]] = [["decoder"] * count for count in layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=stages if parallel.pipeline > 1 else None,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        **(full if recompute == "full" else {}),
+    )
+
+
+def build_model(
+    arch: Architecture,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recompute: str = "none",
+    trainable: bool = True,
+) -> TrunkModel:
+    """This rank's part of the model with the weights of `arch.folder`, read slice by slice.
+
+    Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
+    """
+    check_layout(arch, parallel.tensor, parallel.pipeline)
+    config = transformer_config(arch, parallel, dtype, recompute)
+    layers = layers_per_stage(arch, parallel.pipeline, parallel.pipeline_layout)
+    model = TrunkModel(
+        config=config,
+        transformer_layer_spec=block_spec(layers[mesh.pipeline.rank]),
+        vocab_size=padded_vocab_size(arch.vocab_size, parallel.tensor),
+        max_sequence_length=arch.context_length,
+        pre_process=mesh.pipeline.first,
+        post_process=mesh.pipeline.last,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="none",
+    )
+    frequencies, factor = rope_inverse_frequencies(arch)
+    model.rope = Rope(frequencies, factor, mesh.device, dtype)
+    model.to(mesh.device)
+    bridge.load(model, arch, bridge.Place.of(mesh, layers))
+    model.requires_grad_(trainable)
+    return model

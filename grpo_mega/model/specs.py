@@ -1,0 +1,85 @@
+"""The layer spec for machines without Transformer Engine: megatron's linears, our norm and our attention."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from grpo_mega.model.attention import NoCoreAttention, RowAttention
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467), over the last dimension.
+
+    Megatron's local norm refuses sequence parallelism; here the weight says `sequence_parallel`, so that megatron sums
+    its gradient over the tensor ranks, each of which sees a part of the rows.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class TrunkModel(GPTModel):
+    """A GPTModel that ends at the hidden states: its logits never exist.
+
+    The last stage returns hidden states after the final norm; `parallel/vocab` goes from there to log-probs with
+    `output_weight`. (`_postprocess` is where 0.16.1 and 0.19.2 would apply the output layer.)
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *_, **__) -> Tensor:
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """[padded vocabulary / tp, H]: this rank's slice of the output layer (last stage only)."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def layer_spec() -> ModuleSpec:
+    """One Llama decoder layer. Names are megatron's local ones (`input_layernorm.weight`, `mlp.linear_fc1.weight`)."""
+    attention = ModuleSpec(
+        module=RowAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=NoCoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_spec(layers: int) -> TransformerBlockSubmodules:
+    """`layers` decoder layers of one pipeline stage, and the final norm where the stage has it."""
+    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm)

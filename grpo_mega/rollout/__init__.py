@@ -1,0 +1,1 @@
+"""Completions: who samples them, and how they become scored groups."""
