@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -36,6 +38,7 @@ FORGET_S = 10.0  # for a worker to forget its last call
 GRACE_S = 10.0  # for the other ranks to answer once one has failed
 DUMP_S = 2.0  # for a worker to write its stacks
 TAIL = 4000  # characters of a rank's output that an error shows
+PRELOADED = ("torch.distributed", "megatron.core.parallel_state", "megatron.core.tensor_parallel")
 TESTS = Path(__file__).resolve().parent
 
 
@@ -90,8 +93,13 @@ def close() -> None:
 # ---- the parent's side
 
 _pool: list[_Worker] = []
-_files = tempfile.TemporaryDirectory(prefix="ranks-")
 atexit.register(close)
+
+
+@functools.cache
+def _files() -> tempfile.TemporaryDirectory:
+    """Where the logs are, removed at the end; made by the parent alone, for workers run this file too."""
+    return tempfile.TemporaryDirectory(prefix="ranks-")
 
 
 class _Worker:
@@ -99,12 +107,12 @@ class _Worker:
 
     def __init__(self, rank: int) -> None:
         self.rank, self.is_ready, self.is_alive = rank, False, True
-        folder = Path(tempfile.mkdtemp(dir=_files.name))
+        folder = Path(tempfile.mkdtemp(dir=_files().name))
         self.log, self.stacks, self.log_start = folder / "log", folder / "stacks", 0
         ours, theirs = socket.socketpair()
         with theirs, self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), str(self.stacks)],
+                [sys.executable, __file__, str(theirs.fileno()), str(self.stacks), *PRELOADED],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -309,15 +317,15 @@ def _fresh(local_ranks: int) -> None:
 
 def _forget() -> None:
     """Undo what a call leaves in globals: process groups, megatron's groups, random states and microbatch counter."""
-    import gc
-
     import torch.distributed as dist
-    from megatron.core import num_microbatches_calculator, parallel_state
-    from megatron.core.tensor_parallel import random
 
-    parallel_state.destroy_model_parallel()
-    num_microbatches_calculator.unset_num_microbatches_calculator()
-    random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = None, False
+    if "megatron.core" in sys.modules:
+        from megatron.core import num_microbatches_calculator, parallel_state
+        from megatron.core.tensor_parallel import random
+
+        parallel_state.destroy_model_parallel()
+        num_microbatches_calculator.unset_num_microbatches_calculator()
+        random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = None, False
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
@@ -333,9 +341,9 @@ def _main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
-    import torch.distributed  # noqa: F401
-
+    for name in sys.argv[3:]:
+        importlib.import_module(name)
+    gc.freeze()  # what is imported for life needs no look after every call (0.3 s)
     with contextlib.suppress(EOFError, ConnectionResetError):  # the parent has gone
         _serve(connection)
 

@@ -80,7 +80,17 @@ def unpicklable():
     return lambda: None
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.fixture(scope="module")
+def own_pool():
+    """Workers of these tests' own, since they are killed; without megatron-core they start in a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "_pool", [])
+        patch.setattr(pool, "PRELOADED", ())
+        yield pool.ranks
+        pool.close()
+
+
+@pytest.mark.parametrize("world_size", [3, 1, 2])
 def test_results_come_by_rank(ranks, world_size):
     answers = ranks(world_size, sum_of_ranks, 10.0)
     assert [answer.rank for answer in answers] == list(range(world_size))
@@ -118,49 +128,49 @@ def test_a_function_that_workers_cannot_import_is_refused(ranks):
         ranks(1, lambda: None)
 
 
-def test_timeout_shows_where_every_rank_is(ranks):
-    before = ranks(2, process_id)
+def test_timeout_shows_where_every_rank_is(own_pool):
+    before = own_pool(2, process_id)
     with pytest.raises(RankError, match=r"no answer from rank 1 of 2 in .*wait_on_rank_1 after 1\.\d s") as caught:
-        ranks(2, wait_on_rank_1, timeout=1)
+        own_pool(2, wait_on_rank_1, timeout=1)
     stacks = str(caught.value).split("---- rank ")[1:]
     assert caught.value.rank is None and [text[0] for text in stacks[:2]] == ["0", "1"]
     assert "in _serve" in stacks[0] and "in wait_for_ever" not in stacks[0]
     assert "in wait_for_ever" in stacks[1] and "in wait_on_rank_1" in stacks[1]
-    after = ranks(2, process_id)
+    after = own_pool(2, process_id)
     assert after[0] == before[0] and after[1] != before[1]
 
 
-def test_a_failure_does_not_wait_for_ranks_that_hang(ranks, monkeypatch):
+def test_a_failure_does_not_wait_for_ranks_that_hang(own_pool, monkeypatch):
     monkeypatch.setattr(pool, "GRACE_S", 0.5)
     started = time.monotonic()
     with pytest.raises(RankError, match="rank 1 of 2 failed") as caught:
-        ranks(2, fail_while_the_other_waits, timeout=60)
+        own_pool(2, fail_while_the_other_waits, timeout=60)
     assert "no answer from rank 0" in str(caught.value) and "in wait_for_ever" in str(caught.value)
     assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize(("how", "words"), [("exit", "exit code 17"), ("kill", r"exit code -9 \(SIGKILL\)")])
-def test_a_dead_worker_is_reported_and_replaced(ranks, how, words):
-    before = ranks(2, process_id)
+def test_a_dead_worker_is_reported_and_replaced(own_pool, how, words):
+    before = own_pool(2, process_id)
     with pytest.raises(RankError, match=f"rank 1 of 2 failed in .*die: its process ended with {words}"):
-        ranks(2, die, how)
-    after = ranks(2, process_id)
+        own_pool(2, die, how)
+    after = own_pool(2, process_id)
     assert after[0] == before[0] and after[1] != before[1]
-    assert [answer.total.item() for answer in ranks(2, sum_of_ranks, 1.0)] == [3.0, 3.0]
+    assert [answer.total.item() for answer in own_pool(2, sum_of_ranks, 1.0)] == [3.0, 3.0]
 
 
-def test_an_idle_worker_that_was_killed_is_replaced(ranks):
-    before = ranks(2, process_id)
+def test_an_idle_worker_that_was_killed_is_replaced(own_pool):
+    before = own_pool(2, process_id)
     os.kill(before[0], signal.SIGKILL)
     while pool._pool[0].process.poll() is None:
         time.sleep(0.01)
-    after = ranks(2, process_id)
+    after = own_pool(2, process_id)
     assert after[0] != before[0] and after[1] == before[1]
 
 
-def test_closing_ends_the_workers_and_the_next_call_starts_new_ones(ranks):
-    before = ranks(1, process_id)
+def test_closing_ends_the_workers_and_the_next_call_starts_new_ones(own_pool):
+    before = own_pool(1, process_id)
     pool.close()
     with pytest.raises(ProcessLookupError):
         os.kill(before[0], 0)
-    assert ranks(1, process_id) != before
+    assert own_pool(1, process_id) != before
