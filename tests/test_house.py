@@ -80,9 +80,8 @@ def names(tree: ast.Module, module: str) -> Iterator[tuple[int, str]]:
             for alias in node.names:
                 aliases[alias.asname or alias.name] = f"{origin}.{alias.name}"
                 yield node.lineno, f"{origin}.{alias.name}"
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if dotted(node.func, {}).split(".")[-1] in ("import_module", "__import__"):
-                yield node.lineno, str(node.args[0].value)
+        elif isinstance(node, ast.Call) and dotted(node.func, {}).split(".")[-1] in ("import_module", "__import__"):
+            yield from ((node.lineno, str(word.value)) for word in node.args[:1] if isinstance(word, ast.Constant))
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     inner = {id(node.value) for node in attributes}
     for node in attributes:
