@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
@@ -131,6 +130,27 @@ class Microbatch:
         """The same microbatch with `[T]` log-probs of the step's first policy and of the reference."""
         return replace(self, old_logprobs=old, ref_logprobs=ref)
 
+    def take(self, rows: Tensor) -> TokenBatch:
+        """What an objective needs of the given rows, `rows` [n] int64."""
+        return TokenBatch(
+            loss_weights=self.loss_weights[rows],
+            advantages=self.advantages[rows],
+            sampler_logprobs=self.sampler_logprobs[rows],
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """The trained tokens of a microbatch, `[n]` each, aligned with their log-probs: all that an objective sees."""
+
+    loss_weights: Tensor
+    advantages: Tensor
+    sampler_logprobs: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:
@@ -151,14 +171,10 @@ class Mean:
 Metrics = dict[str, Mean]
 
 
-def add_metrics(left: Metrics, right: Metrics) -> Metrics:
-    """Key-wise sum; a key that only one side has keeps its value."""
-    return {key: left[key] + right[key] if key in left and key in right else left.get(key) or right[key]
-            for key in {**left, **right}}
-
-
-def metrics_to_tensor(metrics: Metrics, keys: list[str]) -> Tensor:
-    """`[len(keys), 2]` float64 (total, count), missing keys as 0: what is summed across ranks."""
-    zero = Mean(0.0, 0.0)
-    rows = [(float(metrics.get(k, zero).total), float(metrics.get(k, zero).count)) for k in keys]
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(keys), 2)
+def add_metrics(*several: Metrics) -> Metrics:
+    """Key-wise sum; a key that one side lacks counts as nothing there."""
+    result: Metrics = {}
+    for metrics in several:
+        for key, mean in metrics.items():
+            result[key] = result[key] + mean if key in result else mean
+    return result

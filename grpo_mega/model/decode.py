@@ -9,7 +9,7 @@ stages; with as many row groups in flight as there are stages, no stage waits fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -136,8 +136,16 @@ class RowGroup:
 class Decoder:
     """Steps row groups through the model of this replica. All of its ranks must make the same calls."""
 
-    def __init__(self, model: TrunkModel, vocab_size: int, mesh: Mesh, temperature: float):
+    def __init__(
+        self,
+        model: TrunkModel,
+        vocab_size: int,
+        mesh: Mesh,
+        temperature: float,
+        tick: Callable[[], None] = lambda: None,
+    ):
         self.model, self.vocab_size, self.mesh, self.temperature = model, vocab_size, mesh, temperature
+        self.tick = tick  # called once a forward
         self.link = PipelineLink(mesh)
         self.dtype = next(model.parameters()).dtype
 
@@ -204,6 +212,7 @@ class Decoder:
     def _forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor:
         """One stage's forward of `[n]` tokens: `[n or more, H]` hidden states, whole on every tensor rank."""
         pipeline, tensor = self.mesh.pipeline, self.mesh.tensor
+        self.tick()
         sharded = tensor.size if self.model.config.sequence_parallel else 1
         padding = -len(tokens) % sharded
         if padding:  # sequence parallelism cuts rows evenly

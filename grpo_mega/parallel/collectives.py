@@ -1,7 +1,6 @@
 """Collectives with their group as an argument; `group=None` is one process, where each of them is the identity.
 
-Every rank of the group must call. Autograd: `copy_to_group` and `gather_rows` are conjugate pairs, so that a loss
-computed from sharded weights gives the hidden states their whole gradient.
+Every rank of the group must call.
 """
 
 from __future__ import annotations
@@ -70,17 +69,6 @@ def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
     return box
 
 
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return sum_(grad.contiguous().clone(), ctx.group), None
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -89,18 +77,16 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        whole = sum_(grad.contiguous().clone(), ctx.group)
         start = rank(ctx.group) * ctx.rows
-        return whole[start : start + ctx.rows], None
-
-
-def copy_to_group(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Identity forward; sums the gradient over the group: a replicated input that feeds sharded weights."""
-    return tensor if size(group) == 1 else _CopyToGroup.apply(tensor, group)
+        return grad[start : start + ctx.rows], None
 
 
 def gather_rows(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`[T / size, ...]` on each rank -> `[T, ...]` on all; backward sums over ranks and keeps this rank's rows."""
+    """`[T / size, ...]` on each rank -> `[T, ...]` on all, in rank order.
+
+    Backward keeps this rank's rows and sums nothing: what consumes the rows must give every rank the whole gradient,
+    as `vocab.logprobs_and_entropies` does.
+    """
     return tensor if size(group) == 1 else _GatherRows.apply(tensor, group)
 
 

@@ -1,0 +1,57 @@
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`.
+
+Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks on this machine.
+A user's mistake is one sentence on stderr and an exit code that is not 0; anything else is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from grpo_mega.errors import GrpoMegaError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="grpo-mega", description="GRPO on megatron-core.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train a policy by GRPO",
+        description="Train a policy by GRPO. Any recipe key can be given as --section.key value.",
+        allow_abbrev=False,
+    )
+    train.add_argument("recipe", help="a YAML file")
+    train.add_argument("--ranks", type=int, help="processes to start here (default: tensor x pipeline of the recipe)")
+    options, overrides = parser.parse_known_args(arguments)
+    try:
+        _train(options.recipe, overrides, options.ranks, arguments)
+    except GrpoMegaError as error:
+        rank = f" rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"grpo-mega{rank}: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # no interpreter shutdown: other threads (process groups, pools) must not keep a failed rank alive
+        os._exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> None:
+    from grpo_mega.config import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    if "RANK" in os.environ:
+        from grpo_mega.trainer.main import train
+
+        return train(recipe)
+    from grpo_mega.parallel.launch import start_ranks
+    from grpo_mega.trainer.setup import check_cheaply
+
+    world_size = recipe.parallel.tensor * recipe.parallel.pipeline if ranks is None else ranks
+    check_cheaply(recipe, world_size)
+    code = start_ranks(world_size, ["-m", "grpo_mega", *arguments])
+    if code:
+        sys.exit(code)

@@ -1,0 +1,81 @@
+"""Checkpoints by megatron's dist_checkpointing: sharded, any layout can load another's, published by one rename."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from grpo_mega.errors import CheckpointError
+from grpo_mega.parallel.mesh import Mesh
+from grpo_mega.trainer.policy import Policy
+
+_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest finished checkpoint, or None. Raises CheckpointError if `latest` names one that is not there."""
+    pointer = directory / "latest"
+    if not pointer.exists():
+        return None
+    name = pointer.read_text().strip()
+    if not (directory / name / "trainer.json").exists():
+        raise CheckpointError(f"{pointer} names {name!r}, which is missing or incomplete; write another step's name in it")
+    return directory / name
+
+
+def save(directory: Path, step: int, policy: Policy, state: dict[str, Any], mesh: Mesh) -> Path:
+    """Write `directory/step_N` aside, then publish it and move `latest`. Every rank must call.
+
+    state: what the trainer needs besides weights and optimizer; plain JSON.
+    """
+    final = directory / f"step_{step}"
+    partial = directory / f"step_{step}.partial"
+    if mesh.is_writer:
+        for stale in (partial, final):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded(policy, loading=False), str(partial))
+    if mesh.is_writer:
+        (partial / "trainer.json").write_text(json.dumps({**state, "scheduler": policy.scheduler.state_dict()}))
+    dist.barrier()
+    if mesh.is_writer:
+        partial.rename(final)
+        pointer = directory / "latest.partial"
+        pointer.write_text(final.name + "\n")
+        pointer.replace(directory / "latest")
+    dist.barrier()
+    return final
+
+
+def load(checkpoint: Path, policy: Policy) -> dict[str, Any]:
+    """Fill the policy's weights, optimizer and schedule; returns the trainer's state. Every rank must call.
+
+    Raises CheckpointError for one that is damaged or belongs to another model.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer.json").read_text())
+        loaded = dist_checkpointing.load(_sharded(policy, loading=True), str(checkpoint))
+        policy.model.load_state_dict(loaded["model"])
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.scheduler.load_state_dict(state.pop("scheduler"))
+    except (OSError, ValueError, KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"checkpoint {checkpoint} cannot be loaded ({type(error).__name__}: {reason}); name an older one in "
+            f"{checkpoint.parent / 'latest'}"
+        ) from error
+    return state
+
+
+def _sharded(policy: Policy, *, loading: bool) -> dict[str, Any]:
+    model = policy.model.sharded_state_dict(metadata=_METADATA)
+    return {
+        "model": model,
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA),
+    }

@@ -1,0 +1,122 @@
+"""GRPO, arXiv:2402.03300, algorithm 1 with one outer iteration: the page that everything else serves.
+
+It never compares a rank: layouts, precision and samplers live behind the parts that it puts to work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grpo_mega.parallel import collectives
+from grpo_mega.parallel.device import peak_memory_bytes
+from grpo_mega.rewards.score import score_group
+from grpo_mega.trainer import checkpoint
+from grpo_mega.trainer.batches import minibatches, with_logprobs
+from grpo_mega.trainer.records import group_metrics
+from grpo_mega.trainer.setup import Run, share
+from grpo_mega.types import Completion, Group, Metrics, Microbatch, Prompt, add_metrics
+
+
+def train(run: Run, start: int = 0) -> None:
+    """Run the recipe's steps from `start` on; every rank calls, the writing rank records."""
+    recipe, mesh, progress, policy = run.recipe, run.mesh, run.progress, run.policy
+    steps, group_size, mu = recipe.run.num_steps, recipe.grpo.group_size, recipe.grpo.num_iterations
+    for step in range(start, steps):
+        progress.begin(f"step {step + 1:>{len(str(steps))}}/{steps}")
+        prompts = run.inputs.prompts.next(recipe.batch.prompts_per_step)
+        mine = share(prompts, mesh)
+        with progress.phase("sample"):
+            completions = run.sampler.sample([prompts[i] for i in mine], group_size, step)
+        with progress.phase("reward"):
+            groups = score(run, [prompts[i] for i in mine], completions)
+            everything = record_rollouts(run, step, groups)
+        metrics = group_metrics(everything)
+        progress.note(f"{metrics['reward'].value():.3f}")
+        with progress.phase("log-probs"):
+            parts = minibatches(groups, mine, recipe, mesh, policy.dtype)
+            parts = [logprobs_of(run, batches, on_policy=mu == len(parts) == 1) for batches in parts]
+        with progress.phase("update"):
+            policy.begin_step()
+            for _ in range(mu):
+                for batches in parts:
+                    metrics = add_metrics(metrics, policy.update(batches, run.objective, progress.tick))
+        record_step(run, step, everything, metrics)
+        if step + 1 == steps or (recipe.run.save_every and (step + 1) % recipe.run.save_every == 0):
+            save(run, step + 1)
+        if recipe.run.evaluate_every and (step + 1) % recipe.run.evaluate_every == 0 and step + 1 < steps:
+            evaluate(run, step + 1)
+
+
+def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Group]:
+    """Rewards, asked for once a completion (by one rank of each replica) and told to the replica's others."""
+    groups = None
+    if run.mesh.leads_replica:
+        settings = {"truncated": run.recipe.reward.truncated, "truncation_reward": run.recipe.reward.truncation_reward}
+        pairs = zip(prompts, completions, strict=True)
+        groups = [score_group(prompt, several, run.inputs.reward, **settings) for prompt, several in pairs]
+    return collectives.broadcast_object(groups, run.mesh.replica.group)
+
+
+def logprobs_of(run: Run, batches: Sequence[Microbatch], *, on_policy: bool) -> list[Microbatch]:
+    """Attach what the objective compares with: old log-probs unless old is current by definition, reference for KL."""
+    nothing = [None] * len(batches)
+    old = nothing if on_policy else run.policy.logprobs(batches, run.progress.tick)
+    ref = nothing if run.reference is None else run.reference.logprobs(batches, run.progress.tick)
+    return with_logprobs(batches, old, ref)
+
+
+def record_rollouts(run: Run, step: int, groups: Sequence[Group]) -> list[Group]:
+    """All replicas' groups in the step's global order, on every rank; on disk before the update."""
+    shares = collectives.gather_objects(list(groups), run.mesh.data.group)
+    everything = sorted((group for share in shares for group in share), key=lambda group: group.prompt.index)
+    if run.mesh.is_writer:
+        run.inputs.directory.write_rollouts(step + 1, everything)
+    return everything
+
+
+def record_step(run: Run, step: int, groups: Sequence[Group], metrics: Metrics) -> None:
+    """Sum what the last stages measured, then write metrics.jsonl (deterministic) and timings.jsonl, and the line's end."""
+    mesh, progress = run.mesh, run.progress
+    of_groups = group_metrics(groups)
+    measured = {key: mean for key, mean in metrics.items() if key not in of_groups}
+    total = add_metrics(*collectives.gather_objects(measured if mesh.tensor.first else {}, mesh.world.group), of_groups)
+    values = {key: total[key].value() for key in sorted(total)}
+    memory = max(collectives.gather_objects(peak_memory_bytes(mesh.device), mesh.world.group))
+    progress.end(
+        f"| loss {values['loss']:+.4f}" + (f" kl {values['kl']:.4f}" if "kl" in values else "")
+        + f" clip {values['clip_fraction']:.3f} entropy {values['entropy']:.3f} |grad| {values['grad_norm']:.3f}"
+    )  # fmt: skip
+    if mesh.is_writer:
+        record = {"step": step + 1, "lr": run.policy.learning_rate, **values}
+        run.inputs.directory.append("metrics.jsonl", record)
+        timings = {f"{name}_s": round(seconds, 3) for name, seconds in progress.seconds.items()}
+        tokens = int(of_groups["completion_tokens"].total)
+        run.inputs.directory.append(
+            "timings.jsonl",
+            {"step": step + 1, **timings, "completion_tokens": tokens, "peak_memory_bytes_a_rank": memory},
+        )
+
+
+def save(run: Run, steps_done: int) -> None:
+    """Checkpoint: `steps_done` steps are in it."""
+    with run.progress.phase_line("checkpoint"):
+        state = {"step": steps_done, "prompts": run.inputs.prompts.state()}
+        checkpoint.save(run.inputs.directory.checkpoints, steps_done, run.policy, state, run.mesh)
+
+
+def evaluate(run: Run, steps_done: int) -> tuple[float, list[Group]]:
+    """Mean reward on the held-out prompts at the training temperature, `EVALUATION_COMPLETIONS` each; and all groups."""
+    prompts = run.inputs.heldout
+    mine = [prompts[i] for i in share(prompts, run.mesh)]
+    run.progress.begin(f"held-out accuracy after {steps_done} steps")
+    completions = run.sampler.sample(mine, EVALUATION_COMPLETIONS, steps_done)
+    shares = collectives.gather_objects(score(run, mine, completions), run.mesh.data.group)
+    groups = sorted((g for share in shares for g in share), key=lambda group: -group.prompt.index)
+    reward = group_metrics(groups)["reward"].value()
+    run.progress.end(f": {reward:.3f} ({len(groups)} problems x {EVALUATION_COMPLETIONS} completions)")
+    if run.mesh.is_writer:
+        run.inputs.directory.append("evaluations.jsonl", {"step": steps_done, "reward": reward})
+    return reward, groups
+
+
+EVALUATION_COMPLETIONS = 4

@@ -1,0 +1,147 @@
+"""The policy and the frozen reference: log-probs of microbatches, and one optimizer update.
+
+The loss contract with megatron (`calculate_per_token_loss`): each microbatch returns the sum over its tokens of
+loss_weights * token loss, with loss_weights = w_t * R / D, and its rows as the count. Megatron adds both over
+microbatches and data-parallel ranks and divides once, by R: what is left is sum_t w_t / D * token loss, whatever the
+layout. No other factor of parallelism appears anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from grpo_mega.config import OptimizerConfig
+from grpo_mega.errors import GrpoMegaError
+from grpo_mega.model.attention import PackedRows
+from grpo_mega.model.optimizer import build_optimizer, wrap_for_training
+from grpo_mega.model.specs import TrunkModel
+from grpo_mega.parallel import collectives, vocab
+from grpo_mega.parallel.mesh import Mesh
+from grpo_mega.types import Mean, Metrics, Microbatch, TokenBatch, add_metrics
+
+# (logprobs [n], entropies [n], the same tokens' weights and advantages) -> (sum of weighted token losses, metrics)
+Objective = Callable[[Tensor, Tensor, TokenBatch], tuple[Tensor, Metrics]]
+Tick = Callable[[], None]
+
+
+def _silent() -> None: ...
+
+
+class Scorer:
+    """A model's log-probs of given tokens; without gradients this is all that a reference needs."""
+
+    def __init__(self, model: TrunkModel, vocab_size: int, mesh: Mesh, temperature: float):
+        self.model, self.vocab_size, self.mesh, self.temperature = model, vocab_size, mesh, temperature
+        self.dtype = model.config.params_dtype
+        self._entry: nn.Module = model  # what megatron's schedule calls
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[Microbatch], tick: Tick = _silent) -> list[Tensor | None]:
+        """`[T]` log-probs of each microbatch's targets, 0 where not trained; None on all but the last stage.
+
+        Under `sampling.temperature`, like every log-prob of the step: the policy is the tempered distribution.
+        """
+
+        def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+            rows = batch.loss_weights.nonzero().squeeze(1)
+            values = self._head(hidden, batch, rows)[0]
+            tick()
+            return torch.zeros_like(batch.loss_weights, dtype=values.dtype).index_copy(0, rows, values)
+
+        found = self._run(batches, collect, forward_only=True)
+        return found if self.mesh.pipeline.last else [None] * len(batches)
+
+    def _run(self, batches: Sequence[Microbatch], on_hidden: Callable, *, forward_only: bool) -> list:
+        """All microbatches through megatron's schedule (1F1B under pipeline parallelism)."""
+
+        def forward(iterator: Iterator[Microbatch], model: nn.Module):
+            batch = next(iterator)
+            rows = PackedRows(*self.model.rope(batch.position_ids), tuple(batch.cu_seqlens.diff().tolist()))
+            hidden = model(batch.input_ids[None], batch.position_ids[None], None, packed_seq_params=rows)
+            return hidden, partial(on_hidden, batch)
+
+        self.model.train(not forward_only)
+        return get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(batches),
+            model=self._entry,
+            num_microbatches=len(batches),
+            seq_length=batches[0].rows,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _head(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T or T / tp, 1, H] -> log-probs and entropies of the trained rows, `[n]` each."""
+        group = self.mesh.tensor.group
+        hidden = hidden[:, 0]
+        if self.model.config.sequence_parallel:
+            hidden = collectives.gather_rows(hidden, group)
+        return vocab.logprobs_and_entropies(
+            hidden[rows],
+            self.model.output_weight(),
+            batch.targets[rows],
+            vocab_size=self.vocab_size,
+            group=group,
+            temperature=self.temperature,
+        )
+
+
+class Policy(Scorer):
+    """The model that is trained: gradient buffers, optimizer and schedule around it."""
+
+    def __init__(
+        self,
+        model: TrunkModel,
+        vocab_size: int,
+        mesh: Mesh,
+        temperature: float,
+        settings: OptimizerConfig,
+        num_steps: int,
+    ):
+        super().__init__(model, vocab_size, mesh, temperature)
+        self._entry = wrap_for_training(model)
+        self.optimizer, self.scheduler = build_optimizer(self._entry, settings, num_steps)
+
+    def begin_step(self) -> None:
+        """Move the learning rate on."""
+        self.scheduler.step(1)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def gradients(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = _silent) -> Metrics:
+        """Fill the gradient buffers with the gradient of the batches' loss; metrics on the last stage, {} elsewhere."""
+
+        def loss(batch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Metrics]:
+            rows = batch.loss_weights.nonzero().squeeze(1)
+            logprobs, entropies = self._head(hidden, batch, rows)
+            total, metrics = objective(logprobs, entropies, batch.take(rows))
+            tick()
+            metrics["loss"] = Mean(total.detach().double(), batch.rows)
+            return total, torch.tensor(batch.rows, dtype=torch.int, device=total.device), metrics
+
+        self._entry.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return add_metrics(*self._run(batches, loss, forward_only=False))
+
+    def update(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = _silent) -> Metrics:
+        """One optimizer step on the batches. Raises GrpoMegaError, on every rank, before a bad gradient is kept."""
+        metrics = self.gradients(batches, objective, tick)
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise GrpoMegaError(
+                f"the gradient norm is {grad_norm}; the run stops before anything is saved: lower optimizer.lr, "
+                "or look for rewards or log-probs out of range in the last rollouts"
+            )
+        if self.mesh.pipeline.last:
+            metrics["grad_norm"] = Mean(grad_norm, 1)
+        return metrics

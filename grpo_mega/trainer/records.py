@@ -1,0 +1,131 @@
+"""What a run leaves behind: the resolved recipe, metrics, timings and rollouts, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_mega.config import Recipe
+from grpo_mega.errors import ConfigError
+from grpo_mega.objective.advantages import is_degenerate
+from grpo_mega.types import Group, Mean, Metrics
+
+# settings that a resumed run may change: they say how long and where, not what is computed
+FREE_SECTIONS = ("parallel",)
+FREE_KEYS = {("run", "num_steps"), ("run", "save_every"), ("run", "evaluate_every"), ("sampling", "max_rows"),
+             ("batch", "tokens_per_microbatch"), ("model", "recompute")}  # fmt: skip
+
+
+def group_metrics(groups: Sequence[Group]) -> Metrics:
+    """Means over completions (over groups for degenerate_groups) of what was sampled and scored."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    count = len(rollouts)
+    completions = [rollout.completion for rollout in rollouts]
+    return {
+        "reward": Mean(sum(rollout.reward for rollout in rollouts), count),
+        "reward_errors": Mean(sum(rollout.error is not None for rollout in rollouts), count),
+        "degenerate_groups": Mean(sum(map(_is_degenerate, groups)), len(groups)),
+        "completion_tokens": Mean(sum(len(completion.token_ids) for completion in completions), count),
+        "truncated": Mean(sum(completion.finish_reason == "length" for completion in completions), count),
+        "near_boundary_draws": Mean(
+            sum(completion.near_boundary for completion in completions),
+            sum(len(completion.token_ids) for completion in completions),
+        ),
+    }
+
+
+def _is_degenerate(group: Group) -> bool:
+    import torch
+
+    return is_degenerate(torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float64))
+
+
+class RunDirectory:
+    """The files of a run. Only the writing rank may write; every rank may ask where things are."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.path = Path(recipe.run.directory)
+        self.checkpoints = self.path / "checkpoints"
+        self.hf = self.path / "hf"
+
+    def check(self) -> None:
+        """Raise ConfigError if the directory cannot be written or holds a run with other settings."""
+        existing = self.path / "recipe.yaml"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(13, "no permission to write")
+        except OSError as error:
+            raise ConfigError(f"run.directory={self.path} cannot be used ({error.strerror}); choose another") from None
+        if existing.exists():
+            before, now = yaml.safe_load(existing.read_text()), yaml.safe_load(self.recipe.to_yaml())
+            for change in _differences(before, now):
+                raise ConfigError(
+                    f"run.directory={self.path} holds a run with {change}; use another run.directory, or go on with "
+                    "the settings it began with"
+                )
+
+    def open(self, first_step: int) -> None:
+        """Write the resolved recipe and drop the lines of steps that are about to be run again."""
+        (self.path / "rollouts").mkdir(exist_ok=True)
+        _replace(self.path / "recipe.yaml", self.recipe.to_yaml())
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            file = self.path / name
+            if file.exists():
+                lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < first_step]
+                _replace(file, "".join(line + "\n" for line in lines))
+
+    def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """rollouts/step_000001.jsonl: a line a completion, in the step's global order; durable when this returns."""
+        lines = [
+            json.dumps(
+                {
+                    "prompt_index": group.prompt.index,
+                    "completion": number,
+                    "prompt": group.prompt.text,
+                    "text": rollout.completion.text,
+                    "answer": group.prompt.answer,
+                    "reward": rollout.reward,
+                    "error": rollout.error,
+                    "counts": rollout.counts,
+                    "finish_reason": rollout.completion.finish_reason,
+                    "token_ids": rollout.completion.token_ids,
+                    "sampler_logprobs": rollout.completion.sampler_logprobs,
+                }
+            )
+            for group in groups
+            for number, rollout in enumerate(group.rollouts)
+        ]
+        _replace(self.path / "rollouts" / f"step_{step:06d}.jsonl", "".join(line + "\n" for line in lines))
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    found = []
+    for section, values in now.items():
+        if section in FREE_SECTIONS:
+            continue
+        old = before.get(section) or {}
+        for key, value in values.items():
+            if (section, key) not in FREE_KEYS and old.get(key) != value:
+                found.append(f"{section}.{key}={old.get(key)!r}, this recipe says {value!r}")
+    return found
