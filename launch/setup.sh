@@ -22,7 +22,7 @@ last_words() {
 
 # heartbeat TEXT COMMAND...: one line when it starts, one every 5 s with what it says last, its whole output if it fails.
 heartbeat() {
-    local text=$1 log started=$SECONDS job
+    local text=$1 log started=$SECONDS next=$((SECONDS + 5)) job
     shift
     log=$(mktemp)
     echo "$text ..."
@@ -30,7 +30,10 @@ heartbeat() {
     job=$!
     trap 'kill "$job" 2>/dev/null' INT TERM # a script's background jobs do not hear Ctrl-C
     while sleep 1 && kill -0 "$job" 2>/dev/null; do
-        (((SECONDS - started) % 5)) || printf '  %4d s  %s\n' $((SECONDS - started)) "$(last_words "$log")"
+        if ((SECONDS >= next)); then
+            printf '  %4d s  %s\n' $((SECONDS - started)) "$(last_words "$log")"
+            next=$((SECONDS + 5))
+        fi
     done
     if ! wait "$job"; then
         cat "$log" >&2
