@@ -1,7 +1,7 @@
 """The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`.
 
-Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks on this machine.
-A user's mistake is one sentence on stderr and an exit code that is not 0; anything else is a defect and keeps its traceback.
+Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
+A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
 
     recipe = load_recipe(path, overrides)
     if "RANK" in os.environ:
+        from grpo_mega.parallel.device import quiet_megatron
+
+        quiet_megatron()
         from grpo_mega.trainer.main import train
 
         return train(recipe)

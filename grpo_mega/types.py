@@ -68,7 +68,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The G rollouts of one prompt: the unit that advantages are normalised over. Never split over data-parallel ranks."""
+    """The G rollouts of one prompt: what advantages are normalised over. Never split over data-parallel ranks."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -80,10 +80,13 @@ class Sample:
 
     `loss_mask[i]` is True where `token_ids[i]` is a completion token that is trained on. `weight` is w_t of the
     normalization (the same for every trained token of a sequence), not yet divided by the global denominator.
-    `order` is the sample's place in the step's global order, which no layout changes.
+    `order` is the sample's place in the step's global order, which no layout changes; `group` is its prompt's. Samples
+    of one group begin with the same `prompt_tokens` tokens, none of them trained.
     """
 
     order: int
+    group: int
+    prompt_tokens: int
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     sampler_logprobs: tuple[float, ...]
@@ -100,13 +103,15 @@ class Microbatch:
 
     `input_ids[t]` predicts `targets[t]`; the shift happened once, in `data/packing`. Segment s covers rows
     `cu_seqlens[s]` to `cu_seqlens[s + 1]`; rows from `cu_seqlens[-1]` to T are padding, belong to no segment
-    (`segment_ids == -1`) and attend to nothing.
+    (`segment_ids == -1`) and attend to nothing. A segment with `prefixes[s] >= 0` goes on from that segment's rows and
+    sees them all: so the completions of a group share one copy of their prompt.
 
     input_ids, targets, position_ids, segment_ids   [T] int64
     loss_weights                                    [T] float, w_t * R / D; 0 where not trained
     advantages, sampler_logprobs                    [T] float; 0 where not trained
     old_logprobs, ref_logprobs                      [T] float or None while not computed (None: not needed)
     cu_seqlens                                      [S + 1] int32
+    prefixes                                        S ints: a segment's number, or -1
     """
 
     input_ids: Tensor
@@ -117,7 +122,7 @@ class Microbatch:
     advantages: Tensor
     sampler_logprobs: Tensor
     cu_seqlens: Tensor
-    max_seqlen: int
+    prefixes: tuple[int, ...]
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
 

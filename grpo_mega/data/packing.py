@@ -1,23 +1,41 @@
 """Samples -> microbatches. The shift by one and the padding happen here and nowhere else.
 
-A sample of n tokens is a segment of n - 1 rows: row t reads token t and predicts token t + 1, so its loss weight,
-advantage and sampler log-prob are those of token t + 1. What is trained on is what the sample's mask says; token ids
-are never asked (a sampled pad token is trained on like any other).
+A sample of n tokens is n - 1 rows: row t reads token t and predicts token t + 1, so its loss weight, advantage and
+sampler log-prob are those of token t + 1. What is trained on is what the sample's mask says; token ids are never asked
+(a sampled pad token is trained on like any other).
+
+Completions of one prompt that travel in one microbatch form a bundle and share the prompt: of a prompt of p tokens the
+first p - 1 are one segment, computed once; each completion's segment then begins with the prompt's last token, whose
+prediction is the completion's first. The sums are the same, with (G - 1)(p - 1) rows fewer a group.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from grpo_mega.types import Microbatch, Sample
 
+Bundle = list[Sample]
 
-def row_lengths(samples: Sequence[Sample]) -> list[int]:
-    """Rows of each sample's segment: its tokens less one."""
-    return [len(sample) - 1 for sample in samples]
+
+def bundles(samples: Sequence[Sample], capacity: int) -> list[Bundle]:
+    """Runs of samples of one group, each of at most `capacity` rows (a single sample may exceed it: nothing is cut)."""
+    result: list[Bundle] = []
+    for sample in samples:
+        if result and result[-1][0].group == sample.group and bundle_rows([*result[-1], sample]) <= capacity:
+            result[-1].append(sample)
+        else:
+            result.append([sample])
+    return result
+
+
+def bundle_rows(bundle: Bundle) -> int:
+    """Rows of a bundle: the prompt's but the last once, and each completion's."""
+    shared = bundle[0].prompt_tokens - 1
+    return shared + sum(len(sample) - 1 - shared for sample in bundle)
 
 
 def split(positions: Sequence[int], prompts: int, minibatches: int) -> list[list[int]]:
@@ -71,42 +89,64 @@ def partition(lengths: Sequence[int], bins: int) -> list[list[int]]:
 
 
 def pack(
-    samples: Sequence[Sample], rows: int, *, scale: float, dtype: torch.dtype, device: torch.device | str
+    bundles: Sequence[Bundle], rows: int, *, scale: float, dtype: torch.dtype, device: torch.device | str
 ) -> Microbatch:
-    """The samples one after another in a microbatch of exactly `rows` rows; the rows left over are padding at the end.
+    """The bundles one after another in a microbatch of exactly `rows` rows; the rows left over are padding at the end.
 
     loss_weights = Sample.weight * scale where trained, computed in float64 and rounded once to `dtype` (scale is R / D,
-    see Microbatch); advantages and sampler_logprobs are of `dtype` too. position_ids start at 0 in every segment.
+    see Microbatch); advantages and sampler_logprobs are of `dtype` too. position_ids start at 0 in every sequence.
     Padding: segment_ids -1, everything else 0; cu_seqlens `[S + 1]` ends before it.
 
-    Raises ValueError when the segments need more rows, or when a sample has no row or trains its first token (which
-    nothing predicts).
+    Raises ValueError when the segments need more rows, when a sample has no row or trains a token of its prompt, and
+    when the samples of a bundle do not begin with the same prompt.
     """
-    lengths = row_lengths(samples)
-    if sum(lengths) > rows:
-        raise ValueError(f"segments of {sum(lengths)} rows do not fit into {rows}; nothing is ever cut")
+    used = sum(map(bundle_rows, bundles))
+    if used > rows:
+        raise ValueError(f"segments of {used} rows do not fit into {rows}; nothing is ever cut")
     ids = {name: torch.zeros(rows, dtype=torch.int64) for name in ("input_ids", "targets", "position_ids")}
     ids["segment_ids"] = torch.full((rows,), -1)
     values = {
         name: torch.zeros(rows, dtype=torch.float64) for name in ("loss_weights", "advantages", "sampler_logprobs")
     }
     starts = [0]
-    for s, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-        if length < 1 or sample.loss_mask[0]:
-            raise ValueError(f"sample {sample.order} of {len(sample)} tokens: nothing predicts its first token")
-        here = slice(starts[-1], starts[-1] + length)
-        tokens = torch.tensor(sample.token_ids)
-        trained = torch.tensor(sample.loss_mask[1:])
+    prefixes: list[int] = []
+    for sample, begin, end, prefix in _segments(bundles):
+        here = slice(starts[-1], starts[-1] + end - begin)
+        tokens = torch.tensor(sample.token_ids[begin : end + 1])
+        trained = torch.tensor(sample.loss_mask[begin + 1 : end + 1])
         ids["input_ids"][here], ids["targets"][here] = tokens[:-1], tokens[1:]
-        ids["position_ids"][here], ids["segment_ids"][here] = torch.arange(length), s
-        logprobs = torch.tensor(sample.sampler_logprobs[1:], dtype=torch.float64)
+        ids["position_ids"][here], ids["segment_ids"][here] = torch.arange(begin, end), len(prefixes)
+        logprobs = torch.tensor(sample.sampler_logprobs[begin + 1 : end + 1], dtype=torch.float64)
         values["loss_weights"][here][trained] = sample.weight * scale
         values["advantages"][here][trained] = sample.advantage
         values["sampler_logprobs"][here][trained] = logprobs[trained]
         starts.append(here.stop)
+        prefixes.append(prefix)
     return Microbatch(
         **{name: tensor.to(device) for name, tensor in ids.items()},
         **{name: tensor.to(dtype).to(device) for name, tensor in values.items()},
         cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-        max_seqlen=max(lengths, default=0),
+        prefixes=tuple(prefixes),
     )
+
+
+def _segments(bundles: Sequence[Bundle]) -> Iterator[tuple[Sample, int, int, int]]:
+    """Of each segment: its sample, its first row and the row after its last within the sequence, its prefix or -1."""
+    number = 0
+    for bundle in bundles:
+        shared = bundle[0].prompt_tokens - 1 if len(bundle) > 1 else 0
+        prompt = bundle[0].token_ids[: bundle[0].prompt_tokens]
+        for sample in bundle:
+            if len(sample) < 2 or any(sample.loss_mask[: sample.prompt_tokens]):
+                raise ValueError(
+                    f"sample {sample.order} of {len(sample)} tokens: nothing predicts its first trained token"
+                )
+            if sample.token_ids[: sample.prompt_tokens] != prompt:
+                raise ValueError(f"samples {bundle[0].order} and {sample.order} of one bundle have different prompts")
+        prefix = -1
+        if shared:
+            yield bundle[0], 0, shared, -1
+            prefix, number = number, number + 1
+        for sample in bundle:
+            yield sample, shared, len(sample) - 1, prefix
+            number += 1

@@ -37,11 +37,13 @@ def samples_from(
         advantages = group_advantages(rewards).tolist()
         for i, rollout in enumerate(group.rollouts):
             order = position * len(group.rollouts) + i
-            samples.append(_sample(order, group.prompt.token_ids, rollout, advantages[i], group_weights[i]))
+            samples.append(_sample(order, position, group.prompt.token_ids, rollout, advantages[i], group_weights[i]))
     return samples, denominator
 
 
-def _sample(order: int, prompt: tuple[int, ...], rollout: Rollout, advantage: float, weight: float) -> Sample:
+def _sample(
+    order: int, group: int, prompt: tuple[int, ...], rollout: Rollout, advantage: float, weight: float
+) -> Sample:
     completion = rollout.completion
     n, m = len(prompt), len(completion.token_ids)
     if m == 0 or len(completion.sampler_logprobs) != m:
@@ -51,6 +53,8 @@ def _sample(order: int, prompt: tuple[int, ...], rollout: Rollout, advantage: fl
         )
     return Sample(
         order=order,
+        group=group,
+        prompt_tokens=n,
         token_ids=prompt + completion.token_ids,
         loss_mask=(False,) * n + (rollout.counts,) * m,
         sampler_logprobs=(0.0,) * n + completion.sampler_logprobs,

@@ -9,12 +9,14 @@ core attention of megatron-core 0.16.1 refuses packed sequences and materialises
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Rows(Protocol):
@@ -71,18 +73,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of whole sequences, one after the other: causal attention within each, none across, none for padding."""
+    """Rows of whole sequences, one after the other: causal attention within each, none across, none for padding.
+
+    lengths: rows of each segment; what is left of T is padding. prefixes: for each segment the number of the segment
+    whose rows it goes on from and sees whole, or -1 (Microbatch.prefixes; empty: none has one). Segments with the same
+    prefix stand together, behind it.
+    """
 
     cos: Tensor
     sin: Tensor
-    lengths: tuple[int, ...]  # rows of each segment; what is left of T is padding
+    lengths: tuple[int, ...]
+    prefixes: tuple[int, ...] = ()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         used = sum(self.lengths)
         if used == 0:
             return query * 0
-        parts = zip(*(x[:used].split(self.lengths) for x in (query, key, value)), strict=True)
-        done = [_causal(*part) for part in parts]
+        parts = list(zip(*(x[:used].split(self.lengths) for x in (query, key, value)), strict=True))
+        done = []
+        for prefix, run in groupby(range(len(parts)), key=lambda s: self.prefixes[s] if self.prefixes else -1):
+            if prefix < 0:
+                done += [_causal(*parts[s]) for s in run]
+            else:
+                done.append(_branches(parts[prefix], [parts[s] for s in run]))
         return torch.cat(done if used == len(query) else [*done, query[used:] * 0])
 
 
@@ -90,3 +103,19 @@ def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V of one sequence, [L, heads, d]; key-value heads are shared by groups of query heads."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).squeeze(0).transpose(0, 1)
+
+
+def _branches(prefix: tuple[Tensor, ...], branches: list[tuple[Tensor, ...]]) -> Tensor:
+    """Continuations of one prefix, [sum of their rows, heads, d]: each sees the whole prefix and its own past.
+
+    They are padded to one length behind their last rows, where a causal mask hides the padding from every real row.
+    """
+    q, k, v = (pad_sequence(list(several), batch_first=True) for several in zip(*branches, strict=True))  # [G, n, heads, d]
+    count, longest, shared = q.shape[0], q.shape[1], len(prefix[1])
+    k, v = (
+        torch.cat((x.unsqueeze(0).expand(count, -1, -1, -1), own), dim=1) for x, own in ((prefix[1], k), (prefix[2], v))
+    )
+    mask = torch.ones(longest, shared + longest, dtype=torch.bool, device=q.device).tril(diagonal=shared)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    return torch.cat([out[i, : len(branch[0])] for i, branch in enumerate(branches)])

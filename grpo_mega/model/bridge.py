@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -150,7 +151,7 @@ class Folder:
                 self.files = dict.fromkeys(handle.keys(), "model.safetensors")
         else:
             raise ConfigError(f"{path} holds no model.safetensors; convert the weights to safetensors first")
-        self._open: dict[str, object] = {}
+        self._open: dict[str, Any] = {}
 
     def slice(self, name: str):
         file = self.files[name]
@@ -213,9 +214,10 @@ def export(model: nn.Module, arch: Architecture, mesh: Mesh, layers: tuple[int, 
         for entries in zip(*tables, strict=True):
             for tensor, (name, parts) in enumerate(entries):
                 mine = (me.stage, me.tensor) == (stage, tensor)
-                value = parameters[name] if mine else None
-                value = collectives.send_to_first(value, stage * mesh.tensor.size + tensor, mesh.replica.group)
-                if writer is not None:
+                value = collectives.send_to_first(
+                    parameters[name] if mine else None, stage * mesh.tensor.size + tensor, mesh.replica.group
+                )
+                if writer is not None and value is not None:
                     writer.put(value.cpu(), parts)
     if writer is not None:
         writer.close()
@@ -263,7 +265,8 @@ class _Writer:
             raise AssertionError(f"{len(incomplete)} tensors incomplete, the first is {incomplete[0]}")
         dtype = str(next(iter(self.ready.values())).dtype).removeprefix("torch.")
         self._flush()
-        count, weight_map = len(self.files), {}
+        count = len(self.files)
+        weight_map: dict[str, str] = {}
         for n, names in enumerate(self.files):
             file = "model.safetensors" if count == 1 else f"model-{n + 1:05d}-of-{count:05d}.safetensors"
             (self.partial / f"part-{n}").rename(self.partial / file)

@@ -23,7 +23,7 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
 
 
 def transformer_config(
-    arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype, recompute: str = "none"
+    arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device, recompute: str = "none"
 ) -> TransformerConfig:
     """megatron's configuration. Every fusion that needs apex or Transformer Engine is off; dropout is 0 in GRPO."""
     layers = layers_per_stage(arch, parallel.pipeline, parallel.pipeline_layout)
@@ -51,7 +51,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
         calculate_per_token_loss=True,
         bias_activation_fusion=False,
@@ -77,7 +77,7 @@ def build_model(
     Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
     """
     check_layout(arch, parallel.tensor, parallel.pipeline)
-    config = transformer_config(arch, parallel, dtype, recompute)
+    config = transformer_config(arch, parallel, dtype, mesh.device, recompute)
     layers = layers_per_stage(arch, parallel.pipeline, parallel.pipeline_layout)
     model = TrunkModel(
         config=config,

@@ -167,7 +167,7 @@ class Decoder:
             groups = []
             for rows, noise in zip(prompt_of_row, uniforms, strict=True):
                 group = RowGroup(KVCache(chunks, rows, capacity))
-                if self.mesh.pipeline.last:
+                if last_hidden is not None:
                     self._draw(group, last_hidden[list(rows)], noise)
                 groups.append(group)
         return groups

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from grpo_mega.model.attention import NoCoreAttention, RowAttention
+from grpo_mega.model.attention import NoCoreAttention, Rope, RowAttention
 
 
 class RMSNorm(nn.Module):
@@ -29,19 +29,21 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (a tensor has no such field)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class TrunkModel(GPTModel):
-    """A GPTModel that ends at the hidden states: its logits never exist.
+    """A GPTModel that ends at the hidden states: its logits never exist. `rope` is set by `build_model`.
 
     The last stage returns hidden states after the final norm; `parallel/vocab` goes from there to log-probs with
     `output_weight`. (`_postprocess` is where 0.16.1 and 0.19.2 would apply the output layer.)
     """
+
+    rope: Rope
 
     def _postprocess(self, hidden_states: Tensor, *_, **__) -> Tensor:
         return hidden_states

@@ -97,11 +97,10 @@ def send_to_first(tensor: Tensor | None, source: int, group: ProcessGroup | None
         return tensor if me == 0 else None
     if me == source:
         assert tensor is not None
-        header = [(tuple(tensor.shape), tensor.dtype)]
-        dist.send_object_list(header, group=group, group_dst=0)
+        dist.send_object_list([(tuple(tensor.shape), tensor.dtype)], group=group, group_dst=0)
         dist.send(tensor.detach().contiguous(), group=group, group_dst=0)
     elif me == 0:
-        header = [None]
+        header: list[Any] = [None]
         dist.recv_object_list(header, group=group, group_src=source)
         shape, dtype = header[0]
         result = torch.empty(shape, dtype=dtype)

@@ -77,6 +77,10 @@ def _set_state():
     return lambda state, *_, **__: torch.set_rng_state(state)
 
 
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
 def check_version() -> None:
     """Refuse a megatron-core whose habits were not read: a stand-in that misses one would fail far from here."""
     found = importlib.metadata.version("megatron-core")
@@ -97,12 +101,13 @@ def install() -> None:
     for name in ("synchronize", "empty_cache", "set_device"):
         setattr(cuda, name, _answering(None))
     cuda.current_device = _answering(_CPU)
-    cuda.Stream, cuda.Event = type("Stream", (_Stream,), {}), type("Event", (_Stream,), {})
+    for name in ("Stream", "Event"):
+        setattr(cuda, name, type(name, (_Stream,), {}))
     for name in ("current_stream", "default_stream"):
         setattr(cuda, name, _answering(_Stream()))
     cuda.stream = _answering(contextlib.nullcontext())
     cuda.get_rng_state, cuda.set_rng_state = _get_state(), _set_state()
-    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.manual_seed = _seed
     cuda.nvtx.range_push, cuda.nvtx.range_pop = _answering(None), _answering(None)
 
     from megatron.core.tensor_parallel import random

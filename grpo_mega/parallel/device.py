@@ -12,6 +12,14 @@ from grpo_mega.parallel import cpu
 _prepared: torch.device | None = None
 
 
+def quiet_megatron() -> None:
+    """Silence what megatron-core warns of at import and in every run: missing accelerations (which this project reports
+    itself) and deprecations inside megatron. Call before the first import of megatron."""
+    for message in (".*(Transformer Engine|[Aa]pex)", ".*full scope is deprecated", ".*[Bb]arrier.*device", ".*c10d::"):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", module="megatron", category=DeprecationWarning)
+
+
 def prepare() -> torch.device:
     """Bind this process to its device and return it: CUDA device LOCAL_RANK, or the CPU with megatron's stand-in.
 
@@ -20,7 +28,7 @@ def prepare() -> torch.device:
     global _prepared
     if _prepared is not None:
         return _prepared
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|[Aa]pex|Falling back to Torch Norm).*")
+    quiet_megatron()
     if torch.cuda.is_available():
         _prepared = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(_prepared)

@@ -109,15 +109,17 @@ def initialize(tensor: int = 1, pipeline: int = 1, *, timeout_s: float = 1800.0)
 
 
 def shutdown() -> None:
-    """Leave the process group and forget megatron's global groups."""
+    """Wait for every rank, leave the process group and forget megatron's global groups."""
     from megatron.core import parallel_state as mpu
 
+    if dist.is_initialized():
+        dist.barrier()
     mpu.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _axis(group: ProcessGroup) -> Axis:
+def _axis(group: ProcessGroup | None) -> Axis:
     return Axis(group, dist.get_rank(group), dist.get_world_size(group))
 
 

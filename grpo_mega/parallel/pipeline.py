@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,7 +19,7 @@ class PipelineLink:
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
-        self._sent: list[tuple[dist.Work, Tensor]] = []  # a buffer lives until its send is done
+        self._sent: list[tuple[Any, Tensor]] = []  # a buffer lives until its send is done
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The previous stage's hidden states."""

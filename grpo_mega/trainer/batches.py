@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from grpo_mega.config import Recipe
-from grpo_mega.data.packing import first_fit, pack, partition, row_lengths, split
+from grpo_mega.data.packing import bundle_rows, bundles, first_fit, pack, partition, split
 from grpo_mega.data.samples import samples_from
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
@@ -50,14 +50,15 @@ def equalize(
     Agreed over the data-parallel ranks; a rank with less to do gets padding, at least one microbatch of it, since every
     rank must take part in every collective. loss_weights carry R / D, R being the rows of all ranks.
     """
-    lengths = row_lengths(samples)
+    units = bundles(samples, capacity)
+    lengths = [bundle_rows(unit) for unit in units]
     group, device = mesh.data.group, mesh.device
     count = max(1, collectives.max_int(first_fit(lengths, capacity), group, device))
     bins = partition(lengths, count)
     longest = max(multiple, *(sum(lengths[i] for i in bin) for bin in bins))
     rows = -(-collectives.max_int(longest, group, device) // multiple) * multiple
     scale = rows * count * mesh.data.size / max(1, denominator)
-    return [pack([samples[i] for i in bin], rows, scale=scale, dtype=dtype, device=device) for bin in bins]
+    return [pack([units[i] for i in bin], rows, scale=scale, dtype=dtype, device=device) for bin in bins]
 
 
 def with_logprobs(batches: Sequence[Microbatch], old: Sequence, ref: Sequence) -> list[Microbatch]:

@@ -51,9 +51,11 @@ def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Co
     """Rewards, asked for once a completion (by one rank of each replica) and told to the replica's others."""
     groups = None
     if run.mesh.leads_replica:
-        settings = {"truncated": run.recipe.reward.truncated, "truncation_reward": run.recipe.reward.truncation_reward}
-        pairs = zip(prompts, completions, strict=True)
-        groups = [score_group(prompt, several, run.inputs.reward, **settings) for prompt, several in pairs]
+        reward, rule = run.inputs.reward, run.recipe.reward
+        groups = [
+            score_group(prompt, several, reward, truncated=rule.truncated, truncation_reward=rule.truncation_reward)
+            for prompt, several in zip(prompts, completions, strict=True)
+        ]
     return collectives.broadcast_object(groups, run.mesh.replica.group)
 
 
@@ -75,7 +77,7 @@ def record_rollouts(run: Run, step: int, groups: Sequence[Group]) -> list[Group]
 
 
 def record_step(run: Run, step: int, groups: Sequence[Group], metrics: Metrics) -> None:
-    """Sum what the last stages measured, then write metrics.jsonl (deterministic) and timings.jsonl, and the line's end."""
+    """Sum what the last stages measured; write metrics.jsonl (deterministic), timings.jsonl and the end of the line."""
     mesh, progress = run.mesh, run.progress
     of_groups = group_metrics(groups)
     measured = {key: mean for key, mean in metrics.items() if key not in of_groups}
@@ -105,7 +107,7 @@ def save(run: Run, steps_done: int) -> None:
 
 
 def evaluate(run: Run, steps_done: int) -> tuple[float, list[Group]]:
-    """Mean reward on the held-out prompts at the training temperature, `EVALUATION_COMPLETIONS` each; and all groups."""
+    """Mean reward on the held-out prompts, at the training temperature, EVALUATION_COMPLETIONS each; and the groups."""
     prompts = run.inputs.heldout
     mine = [prompts[i] for i in share(prompts, run.mesh)]
     run.progress.begin(f"held-out accuracy after {steps_done} steps")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 from grpo_mega.config import Recipe
 from grpo_mega.model import bridge
 from grpo_mega.parallel import device, mesh
@@ -33,7 +31,6 @@ def train(recipe: Recipe) -> None:
         with progress.phase_line(f"writing {inputs.directory.hf}"):
             bridge.export(run.policy.model, inputs.arch, grid, inputs.layers, inputs.directory.hf)
     report(run, before, after)
-    dist.barrier()
     mesh.shutdown()
 
 
@@ -57,7 +54,7 @@ def describe(recipe: Recipe, grid: mesh.Mesh, layers: tuple[int, ...]) -> str:
 
 
 def report(run: Run, before: tuple[float, list[Group]] | None, after: tuple[float, list[Group]] | None) -> None:
-    """What the run was for: accuracy before and after, a few completions of each, where the model is, what to try next."""
+    """What the run was for: accuracy and some completions before and after, where the model is, what to try next."""
     say = run.progress.say
     if before is not None and after is not None:
         say("")

@@ -62,7 +62,8 @@ class Scorer:
 
         def forward(iterator: Iterator[Microbatch], model: nn.Module):
             batch = next(iterator)
-            rows = PackedRows(*self.model.rope(batch.position_ids), tuple(batch.cu_seqlens.diff().tolist()))
+            cos, sin = self.model.rope(batch.position_ids)
+            rows = PackedRows(cos, sin, tuple(batch.cu_seqlens.diff().tolist()), batch.prefixes)
             hidden = model(batch.input_ids[None], batch.position_ids[None], None, packed_seq_params=rows)
             return hidden, partial(on_hidden, batch)
 
@@ -107,8 +108,8 @@ class Policy(Scorer):
         num_steps: int,
     ):
         super().__init__(model, vocab_size, mesh, temperature)
-        self._entry = wrap_for_training(model)
-        self.optimizer, self.scheduler = build_optimizer(self._entry, settings, num_steps)
+        self._buffers = self._entry = wrap_for_training(model)
+        self.optimizer, self.scheduler = build_optimizer(self._buffers, settings, num_steps)
 
     def begin_step(self) -> None:
         """Move the learning rate on."""
@@ -129,7 +130,7 @@ class Policy(Scorer):
             metrics["loss"] = Mean(total.detach().double(), batch.rows)
             return total, torch.tensor(batch.rows, dtype=torch.int, device=total.device), metrics
 
-        self._entry.zero_grad_buffer()
+        self._buffers.zero_grad_buffer()
         self.optimizer.zero_grad()
         return add_metrics(*self._run(batches, loss, forward_only=False))
 
