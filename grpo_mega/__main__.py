@@ -1,8 +1,6 @@
 """`python -m grpo_mega`, which is what torchrun, srun and mpirun start."""
 
-import sys
-
 from grpo_mega.cli import main
 
 if __name__ == "__main__":  # checkpoint writers spawn a process that imports this module again
-    sys.exit(main())
+    main()

@@ -51,7 +51,7 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
 
         return train(recipe)
     from grpo_mega.parallel.launch import start_ranks
-    from grpo_mega.trainer.setup import check_cheaply
+    from grpo_mega.trainer.check import check_cheaply
 
     world_size = recipe.parallel.tensor * recipe.parallel.pipeline if ranks is None else ranks
     check_cheaply(recipe, world_size)

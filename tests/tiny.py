@@ -12,7 +12,7 @@ END = 258
 def make_model(folder: Path, *, tied: bool = True, seed: int = 0, scale: float = 0.2, **changes) -> Path:
     """Write `folder` (config.json, model.safetensors, tokenizer) and return it.
 
-    changes: fields of LlamaConfig. scale: standard deviation of the weights; 0.2 gives logits that differ by a few nats.
+    changes: fields of LlamaConfig. scale: standard deviation of the weights; 0.2 spreads the logits over a few nats.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

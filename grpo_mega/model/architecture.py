@@ -80,10 +80,7 @@ def read_architecture(folder: str | Path) -> Architecture:
 
 def check_layout(arch: Architecture, tensor: int, pipeline: int) -> None:
     """Raise ConfigError unless the model can be cut into `tensor` x `pipeline` parts."""
-    fits = [
-        t for t in range(1, arch.num_heads + 1)
-        if arch.num_heads % t == 0 and arch.ffn_size % t == 0 and max(arch.num_kv_heads, t) % min(arch.num_kv_heads, t) == 0
-    ]  # fmt: skip
+    fits = [t for t in range(1, arch.num_heads + 1) if _cuts(arch, t)]
     if tensor not in fits:
         raise ConfigError(
             f"parallel.tensor={tensor} does not divide the model's {arch.num_heads} attention heads, "
@@ -93,6 +90,12 @@ def check_layout(arch: Architecture, tensor: int, pipeline: int) -> None:
         raise ConfigError(
             f"parallel.pipeline={pipeline} exceeds the model's {arch.num_layers} layers; use at most {arch.num_layers}"
         )
+
+
+def _cuts(arch: Architecture, tensor: int) -> bool:
+    """Whole query heads and feed-forward channels a rank; key-value heads divide the ranks, or ranks divide them."""
+    kv_heads = arch.num_kv_heads
+    return not (arch.num_heads % tensor or arch.ffn_size % tensor or max(kv_heads, tensor) % min(kv_heads, tensor))
 
 
 def rope_inverse_frequencies(arch: Architecture) -> tuple[Any, float]:

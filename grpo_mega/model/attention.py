@@ -100,7 +100,7 @@ class PackedRows:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V of one sequence, [L, heads, d]; key-value heads are shared by groups of query heads."""
+    """softmax(Q K^T / sqrt(d)) V of one sequence, [L, heads, d]; groups of query heads share a key-value head."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).squeeze(0).transpose(0, 1)
 
@@ -110,7 +110,8 @@ def _branches(prefix: tuple[Tensor, ...], branches: list[tuple[Tensor, ...]]) ->
 
     They are padded to one length behind their last rows, where a causal mask hides the padding from every real row.
     """
-    q, k, v = (pad_sequence(list(several), batch_first=True) for several in zip(*branches, strict=True))  # [G, n, heads, d]
+    # [G, longest branch, heads, d]
+    q, k, v = (pad_sequence(list(several), batch_first=True) for several in zip(*branches, strict=True))
     count, longest, shared = q.shape[0], q.shape[1], len(prefix[1])
     k, v = (
         torch.cat((x.unsqueeze(0).expand(count, -1, -1, -1), own), dim=1) for x, own in ((prefix[1], k), (prefix[2], v))

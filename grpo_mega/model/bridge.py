@@ -276,9 +276,9 @@ class _Writer:
             (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         config = {key: value for key, value in self.arch.raw.items() if key != "torch_dtype"} | {"dtype": dtype}
         (self.partial / "config.json").write_text(json.dumps(config, indent=2))
-        for source in self.arch.folder.iterdir():
-            if source.is_file() and source.suffix in (".json", ".jinja", ".model", ".txt") and "safetensors" not in source.name:
-                if not (self.partial / source.name).exists():
-                    shutil.copy2(source, self.partial)
+        for source in self.arch.folder.iterdir():  # the tokenizer, the generation settings
+            companion = source.suffix in (".json", ".jinja", ".model", ".txt") and "safetensors" not in source.name
+            if source.is_file() and companion and not (self.partial / source.name).exists():
+                shutil.copy2(source, self.partial)
         shutil.rmtree(self.destination, ignore_errors=True)
         self.partial.rename(self.destination)

@@ -58,7 +58,7 @@ class CachedRows:
 
 
 class KVCache:
-    """Keys and values of one row group on one stage: `[layers, 2, rows, kv_heads, capacity, d]`; rows 0..count-1 live."""
+    """A row group's keys and values on one stage: `[layers, 2, rows, kv_heads, capacity, d]`; rows 0..count-1 live."""
 
     def __init__(self, chunks: Sequence[PromptRows], prompt_of_row: Sequence[int], capacity: int):
         """Row r starts as prompt `prompt_of_row[r]`, prompts being numbered through the chunks."""
@@ -173,7 +173,7 @@ class Decoder:
         return groups
 
     def drawn(self, group: RowGroup) -> Tensor:
-        """What was drawn for the group's live rows, `[n, 3]`, on every rank of the replica; waits for the last stage."""
+        """What was drawn for the group's live rows, `[n, 3]`, on every rank; waits for the last stage."""
         if not self.mesh.pipeline.last:
             return self.link.hear((group.cache.count, 3), torch.float64)
         assert group.drawn is not None

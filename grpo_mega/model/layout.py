@@ -15,11 +15,11 @@ def layers_per_stage(arch: Architecture, stages: int, given: tuple[int, ...] | N
     if given is not None:
         if sum(given) != arch.num_layers:
             raise ConfigError(
-                f"parallel.pipeline_layout={list(given)} holds {sum(given)} layers but the model has {arch.num_layers}; "
-                f"make the numbers add up, or leave it out for {list(layers_per_stage(arch, stages))}"
+                f"parallel.pipeline_layout={list(given)} holds {sum(given)} layers but the model has "
+                f"{arch.num_layers}; make them add up, or leave it out for {list(layers_per_stage(arch, stages))}"
             )
         if min(given) < 1:
-            raise ConfigError(f"parallel.pipeline_layout={list(given)} leaves a stage without layers; give each at least 1")
+            raise ConfigError(f"parallel.pipeline_layout={list(given)} has an empty stage; give each at least 1 layer")
         return given
     head = arch.head_parameters / arch.layer_parameters
     costs = [0.0] * stages

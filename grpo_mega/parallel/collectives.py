@@ -91,7 +91,7 @@ def gather_rows(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def send_to_first(tensor: Tensor | None, source: int, group: ProcessGroup | None) -> Tensor | None:
-    """The tensor of the group's rank `source`, on the group's first rank; None elsewhere. All ranks call; only two act."""
+    """The tensor of the group's rank `source`, on the first rank; None elsewhere. All ranks call, two act."""
     me = rank(group)
     if source == 0:
         return tensor if me == 0 else None
@@ -102,8 +102,8 @@ def send_to_first(tensor: Tensor | None, source: int, group: ProcessGroup | None
     elif me == 0:
         header: list[Any] = [None]
         dist.recv_object_list(header, group=group, group_src=source)
-        shape, dtype = header[0]
-        result = torch.empty(shape, dtype=dtype)
+        shape, dtype, device = header[0]
+        result = torch.empty(shape, dtype=dtype, device=device)  # a type alone means this rank's own device
         dist.recv(result, group=group, group_src=source)
         return result
     return None

@@ -4,8 +4,8 @@ Installed only where no GPU is present, by `device.prepare()`. It answers four h
 
 - `device="cuda"` and `Tensor.cuda()` (the token counter of pipeline_parallel/schedules.py, found_inf and the scale of
   optimizer/optimizer.py, clip_grads.py, dist_checkpointing/exchange_utils.py): read as the CPU;
-- `Tensor.type()` compared with "torch.cuda.FloatTensor" (optimizer.py, distrib_optimizer.py): answered with that prefix;
-- `torch.cuda.current_device()` given as a device, synchronize, streams and events: the CPU device, and nothing to wait for;
+- `Tensor.type()` compared with "torch.cuda.FloatTensor" (optimizer.py, distrib_optimizer.py): given that prefix;
+- `torch.cuda.current_device()` given as a device, synchronize, streams, events: the CPU device, nothing to wait for;
 - the CUDA random state of tensor_parallel/random.py: torch's own CPU generator.
 
 Nothing of it changes a number. A version of megatron-core that it was not checked with is refused.

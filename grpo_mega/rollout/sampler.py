@@ -10,5 +10,5 @@ from grpo_mega.types import Completion, Prompt
 
 class Sampler(Protocol):
     def sample(self, prompts: Sequence[Prompt], group_size: int, step: int) -> list[list[Completion]]:
-        """`group_size` completions of each of this data-parallel rank's prompts, the same on every rank of a replica."""
+        """`group_size` completions of each of this data-parallel rank's prompts, alike on every rank of a replica."""
         ...

@@ -24,7 +24,7 @@ def latest(directory: Path) -> Path | None:
         return None
     name = pointer.read_text().strip()
     if not (directory / name / "trainer.json").exists():
-        raise CheckpointError(f"{pointer} names {name!r}, which is missing or incomplete; write another step's name in it")
+        raise CheckpointError(f"{pointer} names {name!r}, which is missing or damaged; write another step's name there")
     return directory / name
 
 

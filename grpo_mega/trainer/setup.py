@@ -12,16 +12,15 @@ from grpo_mega.config import Recipe
 from grpo_mega.data.prompts import PromptStream, Renderer, heldout_prompts
 from grpo_mega.data.rows import load_rows
 from grpo_mega.data.tokenizer import ChatTokenizer, load_tokenizer
-from grpo_mega.errors import ConfigError
-from grpo_mega.model.architecture import Architecture, check_layout, read_architecture
+from grpo_mega.model.architecture import Architecture, read_architecture
 from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.decode import Decoder
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.objective.grpo import grpo_loss
-from grpo_mega.parallel import mesh as meshes
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.rewards.resolve import RewardFunction, resolve_reward
 from grpo_mega.rollout.in_process import InProcessSampler
+from grpo_mega.trainer.check import check_cheaply
 from grpo_mega.trainer.policy import Objective, Policy, Scorer
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.records import RunDirectory
@@ -53,23 +52,6 @@ class Run:
     sampler: InProcessSampler
     objective: Objective
     progress: Progress
-
-
-def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
-    """What can be refused within a second: the model folder, the layout, the world. Raises ConfigError."""
-    arch = read_architecture(recipe.model.path)
-    check_layout(arch, recipe.parallel.tensor, recipe.parallel.pipeline)
-    layers_per_stage(arch, recipe.parallel.pipeline, recipe.parallel.pipeline_layout)
-    meshes.check_world(world_size, recipe.parallel.tensor, recipe.parallel.pipeline)
-    if recipe.grpo.kl_coef > 0 and recipe.reference.path is not None:
-        other = read_architecture(recipe.reference.path)
-        check_layout(other, recipe.parallel.tensor, recipe.parallel.pipeline)
-        if other.vocab_size != arch.vocab_size:
-            raise ConfigError(
-                f"reference.path={recipe.reference.path} has a vocabulary of {other.vocab_size}, the policy "
-                f"{arch.vocab_size}; a reference must share the policy's tokenizer"
-            )
-    return arch
 
 
 def read_inputs(recipe: Recipe, world_size: int) -> Inputs:

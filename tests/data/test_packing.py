@@ -44,7 +44,12 @@ SILENT = Sample(
 )
 # FIRST's prompt once more: completion 14
 THIRD = replace(
-    FIRST, order=3, token_ids=(11, 12, 14), loss_mask=(False, False, True), sampler_logprobs=(0.0, 0.0, -4.0), weight=1.0
+    FIRST,
+    order=3,
+    token_ids=(11, 12, 14),
+    loss_mask=(False, False, True),
+    sampler_logprobs=(0.0, 0.0, -4.0),
+    weight=1.0,
 )
 
 

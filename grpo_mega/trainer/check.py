@@ -1,0 +1,26 @@
+"""What can be refused within a second, without megatron, by any one process."""
+
+from __future__ import annotations
+
+from grpo_mega.config import Recipe
+from grpo_mega.errors import ConfigError
+from grpo_mega.model.architecture import Architecture, check_layout, read_architecture
+from grpo_mega.model.layout import layers_per_stage
+from grpo_mega.parallel.mesh import check_world
+
+
+def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
+    """What can be refused within a second: the model folder, the layout, the world. Raises ConfigError."""
+    arch = read_architecture(recipe.model.path)
+    check_layout(arch, recipe.parallel.tensor, recipe.parallel.pipeline)
+    layers_per_stage(arch, recipe.parallel.pipeline, recipe.parallel.pipeline_layout)
+    check_world(world_size, recipe.parallel.tensor, recipe.parallel.pipeline)
+    if recipe.grpo.kl_coef > 0 and recipe.reference.path is not None:
+        other = read_architecture(recipe.reference.path)
+        check_layout(other, recipe.parallel.tensor, recipe.parallel.pipeline)
+        if other.vocab_size != arch.vocab_size:
+            raise ConfigError(
+                f"reference.path={recipe.reference.path} has a vocabulary of {other.vocab_size}, the policy "
+                f"{arch.vocab_size}; a reference must share the policy's tokenizer"
+            )
+    return arch
