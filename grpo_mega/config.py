@@ -172,6 +172,17 @@ class Recipe(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig
 
+    @model_validator(mode="after")
+    def _schedule(self) -> Recipe:
+        warmup, steps = self.optimizer.warmup_steps, self.run.num_steps
+        if warmup > steps:
+            raise ValueError(f"optimizer.warmup_steps={warmup} exceeds run.num_steps={steps}; warm up for fewer steps")
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr={self.optimizer.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower min_lr"
+            )
+        return self
+
     @property
     def reference_path(self) -> str:
         return self.reference.path or self.model.path
@@ -208,6 +219,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     overrides: ["--section.key", "value", "--section.key=value", ...]. A value is read as YAML (8, 1e-6, true, [1, 2]),
     except that a key which holds text takes it as it stands ("{prompt}" is YAML for a mapping); null unsets it.
+    "--section", "{key: value}" gives a section anew: what the file says of it is gone.
     Raises ConfigError naming the file, the key, the value found and the remedy.
     """
     path = Path(path)
@@ -228,7 +240,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if section not in Recipe.model_fields:
             raise ConfigError(f"--{key} names no recipe section{_nearest(section, Recipe.model_fields)}")
         if not name:
-            raise ConfigError(f"--{key} names a section, not one of its keys; write --{key}.key value")
+            if not isinstance(value, dict):
+                raise ConfigError(f"--{key} names a section; write --{key}.key value, or --{key} '{{key: value}}'")
+            tree[section] = value
+            continue
         if tree.get(section) is None:
             tree[section] = {}
         _set(tree[section], name, value, key)

@@ -54,6 +54,12 @@ def test_values_of_the_file(load):
     assert recipe.parallel.pipeline_layout == (3, 4) and recipe.sampling.stop_token_ids == (7,)
 
 
+def test_a_section_can_be_given_anew(load):
+    text = LEAST + "parallel: {pipeline: 2, pipeline_layout: [3, 4]}\n"
+    parallel = load(text, "--parallel", "{tensor: 3}").parallel
+    assert (parallel.tensor, parallel.pipeline, parallel.pipeline_layout) == (3, 1, None)
+
+
 def test_overrides_in_both_spellings_the_last_one_wins(load):
     recipe = load(LEAST, "--grpo.group_size", "4", "--optimizer.lr=3e-5", "--grpo.group_size=16", "--run.seed", "7")
     assert (recipe.grpo.group_size, recipe.optimizer.lr, recipe.run.seed) == (16, 3e-5, 7)
@@ -123,6 +129,11 @@ def test_the_resolved_recipe_is_the_same_recipe(load):
         ),
         (LEAST + "parallel: {sequence: true}\n", "parallel.sequence=true needs parallel.tensor > 1; set"),
         (LEAST + "batch: {minibatches: 3}\n", "batch.prompts_per_step=8 is not divisible by batch.minibatches=3; "),
+        (
+            LEAST + "optimizer: {warmup_steps: 101}\n",
+            "optimizer.warmup_steps=101 exceeds run.num_steps=100; warm up for fewer steps",
+        ),
+        (LEAST + "optimizer: {lr: 1e-6, min_lr: 1e-5}\n", "optimizer.min_lr=1e-05 exceeds optimizer.lr=1e-06; lower"),
         ("", " is empty; write its sections (model:, data:, run:, ...)"),
         ("- model\n", " holds a list; write its sections (model:, data:, run:, ...)"),
         ("model: [\n", " is not valid YAML: line 2, column 1: expected the node content"),
@@ -140,7 +151,7 @@ def test_what_a_recipe_must_not_say(load, text, message):
     [
         (["--grop.group_size=4"], "--grop.group_size names no recipe section; did you mean 'grpo'?"),
         (["--seed", "4"], "--seed names no recipe section; known: model, "),
-        (["--run", "4"], "--run names a section, not one of its keys; write --run.key value"),
+        (["--run", "4"], "--run names a section; write --run.key value, or --run '{key: value}'"),
         (["--grpo.grup_size", "4"], "unknown key grpo.grup_size; did you mean 'group_size'?"),
         (["grpo.group_size=4"], "'grpo.group_size=4' is not an override; write --section.key value"),
         (["--", "4"], "'--' is not an override; write --section.key value"),

@@ -80,7 +80,7 @@ class InProcessSampler:
         groups = decoder.start(
             [prompt.token_ids for prompt in prompts],
             [[row.prompt for row in cut] for cut in cuts],
-            [torch.stack([row.noise[0] for row in cut]) for cut in cuts],
+            [torch.stack([row.noise[0] for row in cut]).to(self.mesh.device) for cut in cuts],
             self.max_tokens,
         )
         flights = [_Flight(group, cut) for group, cut in zip(groups, cuts, strict=True)]

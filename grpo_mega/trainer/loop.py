@@ -14,7 +14,7 @@ from grpo_mega.trainer import checkpoint
 from grpo_mega.trainer.batches import minibatches, with_logprobs
 from grpo_mega.trainer.records import group_metrics
 from grpo_mega.trainer.setup import Run, share
-from grpo_mega.types import Completion, Group, Metrics, Microbatch, Prompt, add_metrics
+from grpo_mega.types import Completion, Group, Mean, Metrics, Microbatch, Prompt, add_metrics
 
 
 def train(run: Run, start: int = 0) -> None:
@@ -80,7 +80,7 @@ def record_step(run: Run, step: int, groups: Sequence[Group], metrics: Metrics) 
     """Sum what the last stages measured; write metrics.jsonl (deterministic), timings.jsonl and the end of the line."""
     mesh, progress = run.mesh, run.progress
     of_groups = group_metrics(groups)
-    measured = {key: mean for key, mean in metrics.items() if key not in of_groups}
+    measured = {k: Mean(float(m.total), float(m.count)) for k, m in metrics.items() if k not in of_groups}
     total = add_metrics(*collectives.gather_objects(measured if mesh.tensor.first else {}, mesh.world.group), of_groups)
     values = {key: total[key].value() for key in sorted(total)}
     memory = max(collectives.gather_objects(peak_memory_bytes(mesh.device), mesh.world.group))
