@@ -97,7 +97,8 @@ def send_to_first(tensor: Tensor | None, source: int, group: ProcessGroup | None
         return tensor if me == 0 else None
     if me == source:
         assert tensor is not None
-        dist.send_object_list([(tuple(tensor.shape), tensor.dtype)], group=group, group_dst=0)
+        description = (tuple(tensor.shape), tensor.dtype, tensor.device.type)
+        dist.send_object_list([description], group=group, group_dst=0)
         dist.send(tensor.detach().contiguous(), group=group, group_dst=0)
     elif me == 0:
         header: list[Any] = [None]
