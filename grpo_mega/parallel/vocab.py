@@ -3,11 +3,12 @@
 Rank r holds rows `[r * P, (r + 1) * P)` of the output layer, P = padded vocabulary / ranks. Per row of hidden states
 each rank reduces its own logits to four numbers
 
-    m = max_j z_j,   s = sum_j exp(z_j - m),   e = sum_j exp(z_j - m) z_j,   z_y (0 where the target lives elsewhere)
+    m = max_j z_j,   s = sum_j exp(z_j - m),   e = sum_j exp(z_j - m) (z_j - m),   z_y (0 where the target is elsewhere)
 
 which travel in one all-gather a chunk and are merged in rank order, so that every rank computes the same bits:
 
-    ln Z = M + ln sum_r s_r exp(m_r - M),   ln p(y) = z_y - ln Z,   H = ln Z - (sum_r e_r exp(m_r - M)) / Z'
+    M = max_r m_r,   S = sum_r s_r exp(m_r - M),   ln p(y) = (z_y - M) - ln S
+    H = ln S - (1 / S) sum_r exp(m_r - M) (e_r + s_r (m_r - M))
 
 Logits exist a chunk of rows at a time, on the rank's own slice; the backward computes them again:
 
@@ -79,11 +80,10 @@ def _logits(hidden: Tensor, weight: Tensor, part: VocabSlice, temperature: float
 
 
 def _row_statistics(logits: Tensor, targets: Tensor, part: VocabSlice) -> Tensor:
-    """[c, 4]: (m, s, e, z_y) of this rank's logits; overwrites `logits` with exp(z - m)."""
-    count = logits.shape[0]
+    """[c, 4]: (m, s, e, z_y) of this rank's logits, which are overwritten."""
     if part.valid == 0:
-        empty = logits.new_zeros(count, 4)
-        empty[:, 0] = -torch.inf
+        empty = logits.new_zeros(logits.shape[0], 4)
+        empty[:, 0] = torch.finfo(logits.dtype).min / 2  # no mass; not -inf, which times 0 is nan
         return empty
     local = targets - part.start
     mine = (local >= 0) & (local < part.valid)
@@ -92,8 +92,7 @@ def _row_statistics(logits: Tensor, targets: Tensor, part: VocabSlice) -> Tensor
     shifted = logits.sub_(m.unsqueeze(1))
     p = torch.exp(shifted)
     s = p.sum(dim=1)
-    e = torch.linalg.vecdot(p, shifted) + m * s
-    shifted.copy_(p)
+    e = torch.linalg.vecdot(p, shifted)
     return torch.stack((m, s, e, z_y), dim=1)
 
 
@@ -102,9 +101,9 @@ def _merge(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m, s, e, z_y = stats.unbind(dim=2)
     top = m.amax(dim=0)
     scale = torch.exp(m - top)
-    total, weighted = (s * scale).sum(dim=0), (e * scale).sum(dim=0)
-    log_z = top + torch.log(total)
-    return log_z, z_y.sum(dim=0) - log_z, log_z - weighted / total
+    total, weighted = (s * scale).sum(dim=0), ((e + s * (m - top)) * scale).sum(dim=0)
+    log_total = torch.log(total)
+    return top + log_total, (z_y.sum(dim=0) - top) - log_total, log_total - weighted / total
 
 
 class _LogProbs(torch.autograd.Function):
