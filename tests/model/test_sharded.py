@@ -1,0 +1,238 @@
+"""However the model is cut, log-probs and the gradient of every parameter are those of transformers in one process.
+
+The reference is transformers' LlamaForCausalLM in float64, one sequence at a time, differentiated by autograd. Against
+it stand packed microbatches (one of them a group that shares its prompt's rows) under every kind of layout, each rank's
+gradients put back under their Hugging Face names by the bridge's table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+import tiny
+import torch
+
+from grpo_mega.config import OptimizerConfig, ParallelConfig
+from grpo_mega.data.packing import pack
+from grpo_mega.parallel.mesh import initialize
+from grpo_mega.types import Sample
+
+TEMPERATURE, ENTROPY = 0.8, 0.3
+ROWS = 32  # of a microbatch; two of them: 1 / 64 is exact in megatron's float32 scale
+MODELS = {  # 12 query heads, 5 layers
+    "tied": {"tied": True},
+    "untied": {"tied": False},
+    "few": {"tied": False, "num_key_value_heads": 2},  # fewer key-value heads than tensor ranks
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    model: str
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+    recompute: str = "none"
+    stages: tuple[int, ...] | None = None
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        axes = f"{self.model}-tp{self.tensor}-pp{self.pipeline}-dp{self.data}"
+        return axes + "-sequence" * self.sequence + "-recompute" * (self.recompute == "full")
+
+
+LAYOUTS = (
+    Layout("tied"),
+    Layout("untied", recompute="full"),
+    Layout("few"),
+    Layout("tied", tensor=2),
+    Layout("untied", tensor=2, sequence=True),
+    Layout("tied", tensor=2, sequence=True),
+    Layout("tied", pipeline=2),
+    Layout("untied", pipeline=2, stages=(4, 1)),
+    Layout("tied", data=2),
+    Layout("tied", tensor=3),
+    Layout("untied", tensor=3),
+    Layout("tied", pipeline=3, stages=(1, 3, 1)),
+    Layout("few", tensor=4),
+    Layout("few", tensor=4, sequence=True, recompute="full"),
+    Layout("tied", tensor=2, pipeline=2),
+    Layout("untied", tensor=2, pipeline=2, sequence=True),
+    Layout("tied", pipeline=2, data=2, recompute="full"),
+    Layout("few", tensor=2, data=2),
+)
+
+
+def samples():
+    """Two completions of one prompt, then two other sequences: prompt and completion lengths, advantage."""
+    generator = torch.Generator().manual_seed(11)
+    draw = lambda n: tuple(torch.randint(tiny.VOCABULARY, (n,), generator=generator).tolist())  # noqa: E731
+    prompts = [draw(6)] * 2 + [draw(3), draw(1)]
+    made = []
+    for order, (prompt, length, advantage) in enumerate(
+        zip(prompts, (7, 9, 12, 5), (1.5, -0.7, 0.9, -1.2), strict=True)
+    ):
+        coefficients = torch.randn(length, generator=generator).tolist()  # in the place of sampler log-probs
+        made.append(Sample(
+            order=order, group=max(order - 1, 0), prompt_tokens=len(prompt), token_ids=prompt + draw(length),
+            loss_mask=(False,) * len(prompt) + (True,) * length,
+            sampler_logprobs=(0.0,) * len(prompt) + tuple(coefficients), advantage=advantage, weight=0.1 * (order + 1),
+        ))  # fmt: skip
+    return made
+
+
+def token_loss(logprobs, entropies, weights, advantages, coefficients):
+    """A fixed weighted sum: every token's log-prob and entropy with a weight of its own."""
+    return (weights * (advantages * coefficients * logprobs + ENTROPY * entropies)).sum()
+
+
+# ---- on the ranks
+
+
+def objective(logprobs, entropies, batch):
+    return token_loss(logprobs, entropies, batch.loss_weights, batch.advantages, batch.sampler_logprobs), {}
+
+
+def answers(folders, layouts, dtype):
+    """What this rank knows of each layout: log-probs, loss, and its gradients as (name, dim, source, values)."""
+    return [answer(folders[layout.model], layout, dtype) for layout in layouts]
+
+
+def answer(folder, layout, dtype):
+    from megatron.core import parallel_state
+
+    from grpo_mega.model import optimizer
+    from grpo_mega.model.architecture import read_architecture
+    from grpo_mega.model.bridge import Place
+    from grpo_mega.model.build import build_model
+    from grpo_mega.model.layout import layers_per_stage
+    from grpo_mega.trainer.policy import Policy
+
+    parallel_state.destroy_model_parallel()  # of the layout before
+    mesh = initialize(layout.tensor, layout.pipeline)
+    parallel = ParallelConfig(
+        tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.sequence, pipeline_layout=layout.stages
+    )
+    arch = read_architecture(folder)
+    model = build_model(arch, mesh, parallel, dtype=dtype, recompute=layout.recompute)
+    buffers = optimizer.DistributedDataParallelConfig
+    wide = lambda **options: buffers(**options | {"grad_reduce_in_fp32": dtype == torch.float32})  # noqa: E731
+    with patch.object(optimizer, "DistributedDataParallelConfig", wide):  # else fp64 gradients are kept in fp32
+        policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, OptimizerConfig(), num_steps=1)
+
+    s = samples()
+    batches = [
+        pack(bundles, ROWS, scale=2 * ROWS, dtype=dtype, device=mesh.device) for bundles in ([s[:2]], [s[2:3], s[3:]])
+    ]
+    mine = batches[mesh.data.rank :: mesh.data.size]
+    logprobs = policy.logprobs(mine)
+    policy.gradients(mine, objective)  # twice: the buffers must be emptied in between
+    metrics = policy.gradients(mine, objective)
+    trained = [lp[b.loss_weights != 0].double() for lp, b in zip(logprobs, mine, strict=True) if lp is not None]
+    place = Place.of(mesh, layers_per_stage(arch, layout.pipeline, layout.stages))
+    loss = (float(metrics["loss"].total), metrics["loss"].count) if mesh.pipeline.last else None
+    return {"data": mesh.data.rank, "logprobs": trained, "loss": loss, "gradients": hugging_face(model, arch, place)}
+
+
+def hugging_face(model, arch, place):
+    """This rank's gradients as parts of Hugging Face tensors: (name, dim, source, values)."""
+    from grpo_mega.model.bridge import pieces
+
+    parameters, found = dict(model.named_parameters()), []
+    for name, parts in pieces(arch, place):
+        gradient = parameters.pop(name).main_grad.double()
+        rest = gradient.clone()
+        for piece in parts:
+            found.append((piece.name, piece.dim, piece.source, gradient.narrow(piece.dim, piece.start, piece.length)))
+            rest.narrow(piece.dim, piece.start, piece.length).zero_()
+        assert torch.count_nonzero(rest) == 0, f"{name}: a gradient where there is no weight"
+    assert not parameters
+    return found
+
+
+# ---- in the parent
+
+
+def whole(by_rank, wanted):
+    """Full tensors from every rank's parts. Where two ranks hold the same part they must hold the same bits."""
+    full = {name: torch.full_like(tensor, float("nan")) for name, tensor in wanted.items()}
+    for rank in by_rank:
+        for name, dim, source, values in rank["gradients"]:
+            part = full[name].narrow(dim, source, values.shape[dim])
+            held = ~part.isnan()
+            assert torch.equal(part[held], values[held]), f"{name}: copies on several ranks differ"
+            part.copy_(values)
+    return full
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: tiny.make_model(root / name, **changes) for name, changes in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def references(folders):
+    """{model: (log-probs of each microbatch, loss, {name: gradient})} by transformers in float64."""
+    return {name: by_transformers(folder) for name, folder in folders.items()}
+
+
+def by_transformers(folder):
+    model = load_in_float64(folder)
+    logprobs, loss = [], torch.zeros((), dtype=torch.float64)
+    for sample in samples():
+        tokens = torch.tensor(sample.token_ids)
+        logp = torch.log_softmax(model(tokens[None, :-1]).logits[0] / TEMPERATURE, dim=1)[sample.prompt_tokens - 1 :]
+        logprobs.append(logp.gather(1, tokens[sample.prompt_tokens :, None])[:, 0])
+        coefficients = torch.tensor(sample.sampler_logprobs[sample.prompt_tokens :], dtype=torch.float64)
+        loss = loss + token_loss(
+            logprobs[-1], -(logp.exp() * logp).sum(dim=1), sample.weight, sample.advantage, coefficients
+        )
+    loss.backward()
+    pairs = [torch.cat(logprobs[i : i + 2]).detach() for i in (0, 2)]
+    return pairs, loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def load_in_float64(folder):
+    """transformers' model; its norms round to float32, so torch's take their place."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder).double()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_no_layout_changes_a_logprob_or_a_gradient(ranks, folders, references, world, dtype, tolerance):
+    layouts = [layout for layout in LAYOUTS if layout.world == world]
+    by_rank = ranks(world, answers, folders, layouts, dtype, timeout=150)
+    for n, layout in enumerate(layouts):
+        check([rank[n] for rank in by_rank], layout, references[layout.model], tolerance)
+
+
+def check(by_rank, layout, reference, tolerance):
+    logprobs, loss, gradients = reference
+    for rank in by_rank:
+        for found, wanted in zip(rank["logprobs"], logprobs[rank["data"] :: layout.data], strict=False):
+            assert (found - wanted).abs().max() <= tolerance * 10, f"{layout}: log-probs"
+    last = [rank for rank in by_rank if rank["loss"]][:: layout.tensor]
+    assert sum(rank["loss"][1] for rank in last) == 2 * ROWS
+    assert sum(rank["loss"][0] for rank in last) / (2 * ROWS) == pytest.approx(loss, rel=10 * tolerance), layout
+    assert sum(len(rank["logprobs"]) for rank in last) == 2
+    for name, found in whole(by_rank, gradients).items():
+        wanted = gradients[name]
+        assert wanted.abs().max() > 1e-3, f"{name}: nothing to compare"
+        error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        assert error <= tolerance, f"{layout}: gradient of {name} is off by {error:.1e}"
