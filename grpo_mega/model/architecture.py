@@ -27,8 +27,6 @@ class Architecture:
     tied_embeddings: bool
     norm_eps: float
     context_length: int
-    attention_bias: bool
-    mlp_bias: bool
     raw: dict[str, Any]
 
     @property
@@ -66,8 +64,6 @@ def read_architecture(folder: str | Path) -> Architecture:
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             context_length=int(raw.get("max_position_embeddings", 2048)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
             raw=raw,
         )
     except KeyError as missing:
@@ -144,5 +140,8 @@ def _check(arch: Architecture) -> None:
             f"{arch.folder}/config.json: {arch.num_heads} attention heads are not a multiple of "
             f"{arch.num_kv_heads} key-value heads"
         )
+    for name in ("attention_bias", "mlp_bias"):
+        if arch.raw.get(name):
+            raise ConfigError(f"{arch.folder}/config.json: {name}=true; supported: matrices without biases")
     if arch.raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{arch.folder}/config.json: hidden_act={arch.raw['hidden_act']!r}; supported: 'silu'")

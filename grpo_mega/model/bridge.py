@@ -143,24 +143,32 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._open: dict[str, Any] = {}
         index = path / "model.safetensors.index.json"
         if index.exists():
-            self.files = json.loads(index.read_text())["weight_map"]
+            try:
+                self.files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{index} is not an index of safetensors ({error!r}); fetch the file again") from None
         elif (path / "model.safetensors").exists():
-            with safe_open(path / "model.safetensors", "pt") as handle:
-                self.files = dict.fromkeys(handle.keys(), "model.safetensors")
+            self.files = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
         else:
             raise ConfigError(f"{path} holds no model.safetensors; convert the weights to safetensors first")
-        self._open: dict[str, Any] = {}
 
     def slice(self, name: str):
-        file = self.files[name]
-        if file not in self._open:
+        try:
+            return self._file(self.files[name]).get_slice(name)
+        except SafetensorError:
+            file = self.path / self.files[name]
+            raise ConfigError(f"{file} lacks {name}, which the index says it holds; fetch both again") from None
+
+    def _file(self, name: str):
+        if name not in self._open:
             try:
-                self._open[file] = safe_open(self.path / file, "pt")
+                self._open[name] = safe_open(self.path / name, "pt")
             except (OSError, SafetensorError) as error:
-                raise ConfigError(f"{self.path / file} cannot be read: {error}; fetch the file again") from None
-        return self._open[file].get_slice(name)
+                raise ConfigError(f"{self.path / name} cannot be read: {error}; fetch the file again") from None
+        return self._open[name]
 
     def check(self, arch: Architecture) -> None:
         """Raise ConfigError for a tensor that is missing, unknown or of another shape than config.json says."""
@@ -224,7 +232,7 @@ def export(model: nn.Module, arch: Architecture, mesh: Mesh, layers: tuple[int, 
 
 
 class _Writer:
-    """Puts pieces together into tensors and tensors into files of at most SHARD_BYTES."""
+    """Puts pieces together into tensors, and tensors into files of at most SHARD_BYTES (or of one tensor)."""
 
     def __init__(self, arch: Architecture, destination: Path):
         self.arch, self.destination = arch, destination
@@ -248,16 +256,19 @@ class _Writer:
             tensor.narrow(piece.dim, piece.source, piece.length).copy_(part)
             self.missing[piece.name] -= part.numel()
             if self.missing[piece.name] == 0:
-                self.ready[piece.name] = self.open.pop(piece.name)
-        if sum(t.nbytes for t in self.ready.values()) > SHARD_BYTES:
-            self._flush()
+                tensor = self.open.pop(piece.name)
+                if self.ready and self._ready_bytes() + tensor.nbytes > SHARD_BYTES:
+                    self._flush()
+                self.ready[piece.name] = tensor
+
+    def _ready_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.ready.values())
 
     def _flush(self) -> None:
-        if self.ready:
-            save_file(self.ready, self.partial / f"part-{len(self.files)}", metadata={"format": "pt"})
-            self.files.append(list(self.ready))
-            self.total += sum(t.nbytes for t in self.ready.values())
-            self.ready = {}
+        save_file(self.ready, self.partial / f"part-{len(self.files)}", metadata={"format": "pt"})
+        self.files.append(list(self.ready))
+        self.total += self._ready_bytes()
+        self.ready = {}
 
     def close(self) -> None:
         incomplete = [name for name, count in self.missing.items() if count]
