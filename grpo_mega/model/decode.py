@@ -107,14 +107,10 @@ class KVCache:
         A freed slot is refilled from the end, so that a finished row costs one row's copy.
         """
         order = list(range(self.count))
-        kept = set(slots)
-        moves = []
-        for slot in sorted(set(order) - kept, reverse=True):
+        for slot in sorted(set(order) - set(slots), reverse=True):
             last = order.pop()
             if last != slot:
-                moves.append((slot, last))
                 order[slot] = last
-        # a moved row can itself be moved again: follow order, which holds the final answer
         targets = [new for new, old in enumerate(order) if new != old]
         if targets:
             sources = [order[new] for new in targets]
@@ -188,7 +184,7 @@ class Decoder:
             positions = cache.lengths[: cache.count]
             hidden = self._forward(tokens, positions, lambda cos, sin: CachedRows(cos, sin, cache))
             cache.end_step()
-            if self.mesh.pipeline.last:
+            if hidden is not None:
                 self._draw(group, hidden[: cache.count], uniforms)
 
     def finish(self) -> None:
@@ -206,11 +202,12 @@ class Decoder:
             positions = torch.tensor([n for p in part for n in range(len(p))], device=self.mesh.device)
             hidden = self._forward(tokens, positions, lambda cos, sin, lengths=lengths: PromptRows(cos, sin, lengths))
             chunks.append(self._rows)
-            last.append(hidden[[end - 1 for end in accumulate(lengths)]])
-        return chunks, torch.cat(last) if self.mesh.pipeline.last else None
+            if hidden is not None:
+                last.append(hidden[[end - 1 for end in accumulate(lengths)]])
+        return chunks, torch.cat(last) if last else None
 
-    def _forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor:
-        """One stage's forward of `[n]` tokens: `[n or more, H]` hidden states, whole on every tensor rank."""
+    def _forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor | None:
+        """One stage's forward of `[n]` tokens: on the last stage `[n or more, H]` hidden states, whole on every rank."""
         pipeline, tensor = self.mesh.pipeline, self.mesh.tensor
         self.tick()
         sharded = tensor.size if self.model.config.sequence_parallel else 1
@@ -224,7 +221,7 @@ class Decoder:
         hidden = self.model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=self._rows)
         if not pipeline.last:
             self.link.send(hidden)
-            return hidden[:, 0]
+            return None
         return collectives.gather_rows(hidden[:, 0], tensor.group) if sharded > 1 else hidden[:, 0]
 
     def _draw(self, group: RowGroup, hidden: Tensor, uniforms: Tensor) -> None:

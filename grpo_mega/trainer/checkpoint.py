@@ -9,11 +9,13 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException
 
 from grpo_mega.errors import CheckpointError
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.trainer.policy import Policy
 
+_FILES = ("trainer.json", "common.pt", "metadata.json", ".metadata")  # beside the shards, *.distcp
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
@@ -23,8 +25,12 @@ def latest(directory: Path) -> Path | None:
     if not pointer.exists():
         return None
     name = pointer.read_text().strip()
-    if not (directory / name / "trainer.json").exists():
-        raise CheckpointError(f"{pointer} names {name!r}, which is missing or damaged; write another step's name there")
+    missing = [file for file in _FILES if not (directory / name / file).is_file()]
+    if missing:
+        found = f"lacks {missing[0]}" if name and (directory / name).is_dir() else "is not there"
+        others = sorted(step.parent.name for step in directory.glob("step_*/trainer.json") if step.parent.name != name)
+        remedy = f"write {' or '.join(others)} in it" if others else "delete it to begin at step 0"
+        raise CheckpointError(f"{pointer} names the checkpoint {name!r}, which {found}; {remedy}")
     return directory / name
 
 
@@ -60,15 +66,17 @@ def load(checkpoint: Path, policy: Policy) -> dict[str, Any]:
     """
     try:
         state = json.loads((checkpoint / "trainer.json").read_text())
+        scheduler = state.pop("scheduler")
         loaded = dist_checkpointing.load(_sharded(policy, loading=True), str(checkpoint))
         policy.model.load_state_dict(loaded["model"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
-        policy.scheduler.load_state_dict(state.pop("scheduler"))
-    except (OSError, ValueError, KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
-        reason = " ".join(str(error).split())[:300]
+        policy.scheduler.load_state_dict(scheduler)
+    except (Exception, CheckpointException) as error:  # damage raises whatever its reader does; torch's is no Exception
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = " ".join(str(cause).split())[:200]
         raise CheckpointError(
-            f"checkpoint {checkpoint} cannot be loaded ({type(error).__name__}: {reason}); name an older one in "
-            f"{checkpoint.parent / 'latest'}"
+            f"checkpoint {checkpoint} is damaged or of another model ({type(cause).__name__}: {reason}); name another "
+            f"one in {checkpoint.parent / 'latest'}"
         ) from error
     return state
 

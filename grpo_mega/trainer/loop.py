@@ -27,11 +27,11 @@ def train(run: Run, start: int = 0) -> None:
         mine = share(prompts, mesh)
         with progress.phase("sample"):
             completions = run.sampler.sample([prompts[i] for i in mine], group_size, step)
-        with progress.phase("reward"):
+        with progress.phase("reward", shown=False):
             groups = score(run, [prompts[i] for i in mine], completions)
             everything = record_rollouts(run, step, groups)
         metrics = group_metrics(everything)
-        progress.note(f"{metrics['reward'].value():.3f}")
+        progress.note(f"reward {metrics['reward'].value():.3f}")
         with progress.phase("log-probs"):
             parts = minibatches(groups, mine, recipe, mesh, policy.dtype)
             parts = [logprobs_of(run, batches, on_policy=mu == len(parts) == 1) for batches in parts]
@@ -85,7 +85,7 @@ def record_step(run: Run, step: int, groups: Sequence[Group], metrics: Metrics) 
     values = {key: total[key].value() for key in sorted(total)}
     memory = max(collectives.gather_objects(peak_memory_bytes(mesh.device), mesh.world.group))
     progress.end(
-        f"| loss {values['loss']:+.4f}" + (f" kl {values['kl']:.4f}" if "kl" in values else "")
+        f" | loss {values['loss']:+.4f}" + (f" kl {values['kl']:.4f}" if "kl" in values else "")
         + f" clip {values['clip_fraction']:.3f} entropy {values['entropy']:.3f} |grad| {values['grad_norm']:.3f}"
     )  # fmt: skip
     if mesh.is_writer:

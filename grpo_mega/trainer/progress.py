@@ -35,13 +35,14 @@ class Progress:
         self._open = True
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the step and write its name and seconds when it ends."""
+    def phase(self, name: str, shown: bool = True) -> Iterator[None]:
+        """Time a part of the step and, if `shown`, write its name and seconds when it ends."""
         start = time.monotonic()
         yield
         spent = time.monotonic() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
-        self._write(f" | {name} {spent:.1f}s")
+        if shown:
+            self._write(f" | {name} {spent:.1f}s")
 
     @contextmanager
     def phase_line(self, name: str) -> Iterator[None]:
