@@ -82,8 +82,9 @@ def load(checkpoint: Path, policy: Policy) -> dict[str, Any]:
 
 
 def _sharded(policy: Policy, *, loading: bool) -> dict[str, Any]:
-    model = policy.model.sharded_state_dict(metadata=_METADATA)
+    metadata = dict(_METADATA)  # megatron writes this mesh's data-parallel group into it
+    model = policy.model.sharded_state_dict(metadata=metadata)
     return {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA),
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
     }

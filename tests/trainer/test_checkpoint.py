@@ -1,0 +1,232 @@
+"""Checkpoints: what one layout saves another loads, a resumed run is the run, and damage is told in a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from unittest import mock
+
+import pytest
+import ranks as pool
+import tiny
+from assembled import assembled
+from safetensors.torch import load_file
+
+from grpo_mega.config import load_recipe, validate_recipe
+from grpo_mega.errors import CheckpointError, ConfigError
+from grpo_mega.parallel import mesh
+from grpo_mega.trainer import checkpoint, loop, main
+from grpo_mega.trainer.progress import Progress
+from grpo_mega.trainer.setup import build_run, read_inputs
+
+
+def length(text, answer, row):
+    return len(text) % 3
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A recipe's sections but for parallel and run."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4}
+    model = tiny.make_model(folder / "model", num_key_value_heads=2, **shape)
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in range(1, 6)))
+    return {
+        "model": {"path": str(model)},
+        "data": {"jsonl": str(data), "heldout": 0},
+        "reward": {"function": f"{__name__}:length"},
+        "sampling": {"max_completion_tokens": 5},
+        "grpo": {"group_size": 3},
+        "batch": {"prompts_per_step": 3},
+        "optimizer": {"lr": 0.01, "warmup_steps": 3, "weight_decay": 0.1},
+    }
+
+
+def with_run(tree, directory, steps, *, save_every=0, **parallel):
+    run = {"directory": str(directory), "num_steps": steps, "save_every": save_every}
+    return tree | {"parallel": parallel, "run": run}
+
+
+# ---- on the ranks
+
+
+def built(tree):
+    recipe = validate_recipe(tree)
+    inputs = read_inputs(recipe, mesh.world_size_from_environment())
+    grid = mesh.initialize(recipe.parallel.tensor, recipe.parallel.pipeline)
+    return build_run(recipe, inputs, grid, Progress(False))
+
+
+def contents(run, scratch):
+    """{"weight", "exp_avg", "exp_avg_sq": tensors by name}, the optimizer's step and what the schedule says next."""
+    where = (run.policy.model, run.inputs.arch, run.mesh, run.inputs.layers)
+    optimizers = getattr(run.policy.optimizer, "chained_optimizers", [run.policy.optimizer])
+    states = {p: state for optimizer in optimizers for p, state in optimizer.optimizer.state.items()}
+    result = {"weight": assembled(*where, lambda parameter: parameter, scratch / "weight")}
+    for name in ("exp_avg", "exp_avg_sq"):
+        result[name] = assembled(*where, lambda parameter, name=name: states[parameter][name], scratch / name)
+    steps = {int(state["step"]) for state in states.values()}
+    run.policy.begin_step()
+    return result, steps, run.policy.learning_rate
+
+
+def train_and_save(tree, scratch):
+    run = built(tree)
+    if run.mesh.is_writer:
+        run.inputs.directory.open(1)
+    loop.train(run)
+    return contents(run, scratch)
+
+
+def load_latest(tree, scratch):
+    run = built(tree)
+    start = main.resume(run)
+    return contents(run, scratch), start, run.inputs.prompts.state()
+
+
+def load_and_fail(tree, directories):
+    """The error's text for each directory of checkpoints, loaded one after the other."""
+    run, messages = built(tree), []
+    for directory in directories:
+        try:
+            checkpoint.load(checkpoint.latest(directory), run.policy)
+            messages.append("it was loaded")
+        except CheckpointError as error:
+            messages.append(str(error))
+    return messages
+
+
+def train_whole(tree, fail_in_step=None):
+    """The whole command on this rank; with `fail_in_step` it dies in that step, once completions are sampled."""
+    real = loop.score
+
+    def score(run, *args):
+        if run.policy.scheduler.num_steps + 1 == fail_in_step:
+            raise KeyboardInterrupt
+        return real(run, *args)
+
+    with mock.patch.object(loop, "score", score):
+        try:
+            main.train(validate_recipe(tree))
+        except KeyboardInterrupt:
+            return "interrupted"
+    return "done"
+
+
+# ---- the tests
+
+
+@pytest.fixture(scope="module")
+def saved(tree, tmp_path_factory):
+    """The run directory of three steps at tensor 2, and what was in it."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder / "run", pool.ranks(2, train_and_save, with_run(tree, folder / "run", 3, tensor=2), folder)[0]
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {}], ids=str)
+def test_another_layout_loads_every_number(ranks, tree, saved, tmp_path, parallel):
+    directory, (before, steps, rate) = saved
+    assert steps == {3}
+    again = with_run(tree, directory, 3, **parallel)
+    (after, loaded_steps, loaded_rate), start, prompts = ranks(2 if parallel else 1, load_latest, again, tmp_path)[0]
+    for kind, tensors in before.items():
+        assert tensors.keys() == after[kind].keys()
+        for name, tensor in tensors.items():
+            assert tensor.equal(after[kind][name]), f"{kind} of {name}"
+            assert tensor.abs().sum() > 0
+    assert (loaded_steps, loaded_rate, start, prompts["cursor"]) == (steps, rate, 3, 9)
+
+
+def remove(name):
+    return lambda step: (step / name).unlink()
+
+
+def keep(share, pattern):
+    """Cut files to a share of their length."""
+
+    def damage(step):
+        for file in step.glob(pattern):
+            file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+
+    return damage
+
+
+DAMAGE = {  # what the sentence must name -> how
+    "lacks common.pt": remove("common.pt"),
+    "lacks .metadata": remove(".metadata"),
+    "__1_0.distcp": remove("__1_0.distcp"),
+    "EOFError": keep(0.5, "__1_*.distcp"),
+    "pickle data was truncated": keep(0.5, ".metadata"),
+    "zip archive": keep(0.5, "common.pt"),
+    "JSONDecodeError": keep(0.5, "trainer.json"),
+    "KeyError: 'scheduler'": lambda step: (step / "trainer.json").write_text("{}"),
+    "names the checkpoint 'step_3', which is not there; delete it": shutil.rmtree,
+    "names the checkpoint 'step_9', which is not there; write step_3 in it": lambda step: (
+        (step.parent / "latest").write_text("step_9\n")
+    ),
+}
+
+
+def test_damage_is_one_sentence_on_every_rank(ranks, tree, saved, tmp_path):
+    folders = []
+    for number, damage in enumerate(DAMAGE.values()):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(saved[0] / "checkpoints", folders[-1])
+        damage(folders[-1] / "step_3")
+    answers = ranks(2, load_and_fail, with_run(tree, tmp_path / "new", 3, pipeline=2), folders)
+    for words, folder, *messages in zip(DAMAGE, folders, *answers, strict=True):
+        for message in messages:
+            assert words in message and str(folder) in message, message
+            assert len(message.splitlines()) == 1 and len(message) < 250 + 3 * len(str(folder)), message
+
+
+def test_checkpoint_of_another_model(ranks, tree, saved, tmp_path):
+    shape = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    other = tree | {"model": {"path": str(tiny.make_model(tmp_path / "wider", **shape))}}
+    for (message,) in ranks(2, load_and_fail, with_run(other, tmp_path / "new", 3), [saved[0] / "checkpoints"]):
+        print(message)
+        assert "is damaged or of another model" in message and len(message.splitlines()) == 1
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+
+
+def lines_and_weights(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return lines, load_file(directory / "hf" / "model.safetensors")
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(ranks, tree, tmp_path):
+    """It dies in step 4, two steps of which one is recorded after the last checkpoint, and goes on from step 2."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert ranks(2, train_whole, with_run(tree, straight, 5, pipeline=2)) == ["done"] * 2
+    again = with_run(tree, resumed, 5, save_every=2, pipeline=2)
+    assert ranks(2, train_whole, again, 4) == ["interrupted"] * 2
+    assert [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert ranks(2, train_whole, again) == ["done"] * 2
+    lines, weights = lines_and_weights(straight)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines_and_weights(resumed)[0] == lines
+    assert all(weight.equal(lines_and_weights(resumed)[1][name]) for name, weight in weights.items())
+    assert len({line["lr"] for line in lines}) == 3  # the schedule went on too: it warms up for three steps
+
+
+def test_a_run_may_go_on_at_another_layout(ranks, tree, tmp_path):
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    assert ranks(1, train_whole, with_run(tree, straight, 5)) == ["done"]
+    assert ranks(2, train_whole, with_run(tree, moved, 3, pipeline=2)) == ["done"] * 2
+    assert ranks(2, train_whole, with_run(tree, moved, 5, tensor=1)) == ["done"] * 2  # data parallel
+    for ours, theirs in zip(lines_and_weights(moved)[0], lines_and_weights(straight)[0], strict=True):
+        assert ours["reward"] == theirs["reward"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_other_settings_are_refused(tree, saved):
+    changed = with_run(tree | {"grpo": {"group_size": 4}}, saved[0], 3)
+    with pytest.raises(ConfigError, match=r"holds a run with grpo\.group_size=3, this recipe says 4; "):
+        read_inputs(validate_recipe(changed), 1)
+    # what says how long and where, not what is computed, may change; and the recipe that was kept is the recipe
+    read_inputs(validate_recipe(with_run(tree, saved[0], 9, save_every=5, pipeline=2)), 2)
+    assert load_recipe(saved[0] / "recipe.yaml") == validate_recipe(with_run(tree, saved[0], 3, tensor=2))
