@@ -17,6 +17,7 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
     """
     if count < 1:
         raise ConfigError(f"--ranks={count} starts nothing; give at least 1")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -38,4 +39,6 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as error:  # Ctrl-C or SIGTERM: the launcher has passed it on to the ranks
+        return 128 + error.sigval
     return 0
