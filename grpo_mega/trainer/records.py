@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from grpo_mega.config import Recipe
+from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import ConfigError
 from grpo_mega.objective.advantages import is_degenerate
 from grpo_mega.types import Group, Mean, Metrics
@@ -62,10 +60,10 @@ class RunDirectory:
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(13, "no permission to write")
         except OSError as error:
-            raise ConfigError(f"run.directory={self.path} cannot be used ({error.strerror}); choose another") from None
+            reason = "it is a file" if self.path.is_file() else error.strerror
+            raise ConfigError(f"run.directory={self.path} cannot be used ({reason}); choose another") from None
         if existing.exists():
-            before, now = yaml.safe_load(existing.read_text()), yaml.safe_load(self.recipe.to_yaml())
-            for change in _differences(before, now):
+            for change in _differences(load_recipe(existing).model_dump(), self.recipe.model_dump()):
                 raise ConfigError(
                     f"run.directory={self.path} holds a run with {change}; use another run.directory, or go on with "
                     "the settings it began with"
@@ -75,10 +73,11 @@ class RunDirectory:
         """Write the resolved recipe and drop the lines of steps that are about to be run again."""
         (self.path / "rollouts").mkdir(exist_ok=True)
         _replace(self.path / "recipe.yaml", self.recipe.to_yaml())
-        for name in ("metrics.jsonl", "timings.jsonl"):
-            file = self.path / name
+        # a run begins with an evaluation of what it starts from, step first_step - 1
+        for name, end in (("metrics", first_step), ("timings", first_step), ("evaluations", first_step - 1)):
+            file = self.path / f"{name}.jsonl"
             if file.exists():
-                lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < first_step]
+                lines = [line for line in file.read_text().splitlines() if _step(line) < end]
                 _replace(file, "".join(line + "\n" for line in lines))
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
@@ -109,6 +108,14 @@ class RunDirectory:
             file.write(json.dumps(record) + "\n")
 
 
+def _step(line: str) -> float:
+    """A record's step; after all others for a line that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+
+
 def _replace(path: Path, text: str) -> None:
     """Whole or not at all."""
     aside = path.with_name(path.name + ".partial")
@@ -124,8 +131,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     for section, values in now.items():
         if section in FREE_SECTIONS:
             continue
-        old = before.get(section) or {}
         for key, value in values.items():
-            if (section, key) not in FREE_KEYS and old.get(key) != value:
-                found.append(f"{section}.{key}={old.get(key)!r}, this recipe says {value!r}")
+            if (section, key) not in FREE_KEYS and before[section][key] != value:
+                found.append(f"{section}.{key}={before[section][key]!r}, this recipe says {value!r}")
     return found

@@ -163,8 +163,8 @@ DAMAGE = {  # what the sentence must name -> how
     "KeyError: 'scheduler'": lambda step: (step / "trainer.json").write_text("{}"),
     "names the checkpoint 'step_3', which is not there; delete it": shutil.rmtree,
     "names the checkpoint 'step_9', which is not there; write step_3 in it": lambda step: (
-        (step.parent / "latest").write_text("step_9\n")
-    ),
+        step.parent / "latest"
+    ).write_text("step_9\n"),
 }
 
 
