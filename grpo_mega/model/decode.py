@@ -207,7 +207,7 @@ class Decoder:
         return chunks, torch.cat(last) if last else None
 
     def _forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor | None:
-        """One stage's forward of `[n]` tokens: the last stage has `[n or more, H]` hidden states, whole on every rank."""
+        """One stage's forward of `[n]` tokens: the last stage has `[n or more, H]` hidden states, on every rank."""
         pipeline, tensor = self.mesh.pipeline, self.mesh.tensor
         self.tick()
         sharded = tensor.size if self.model.config.sequence_parallel else 1
