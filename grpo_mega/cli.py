@@ -14,8 +14,17 @@ from collections.abc import Sequence
 from grpo_mega.errors import GrpoMegaError
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+def main() -> None:
+    code = run(sys.argv[1:])
+    if code and "RANK" in os.environ:
+        sys.stdout.flush()
+        # no interpreter shutdown: other threads (process groups, pools) must not keep a failed rank alive
+        os._exit(code)
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
     parser = argparse.ArgumentParser(prog="grpo-mega", description="GRPO on megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
@@ -28,18 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train.add_argument("--ranks", type=int, help="processes to start here (default: tensor x pipeline of the recipe)")
     options, overrides = parser.parse_known_args(arguments)
     try:
-        _train(options.recipe, overrides, options.ranks, arguments)
+        return _train(options.recipe, overrides, options.ranks, arguments)
     except GrpoMegaError as error:
         rank = f" rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"grpo-mega{rank}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # no interpreter shutdown: other threads (process groups, pools) must not keep a failed rank alive
-        os._exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
 
 
-def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> None:
+def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
     from grpo_mega.config import load_recipe
 
     recipe = load_recipe(path, overrides)
@@ -49,12 +56,11 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
         quiet_megatron()
         from grpo_mega.trainer.main import train
 
-        return train(recipe)
+        train(recipe)
+        return 0
     from grpo_mega.parallel.launch import start_ranks
     from grpo_mega.trainer.check import check_cheaply
 
     world_size = recipe.parallel.tensor * recipe.parallel.pipeline if ranks is None else ranks
     check_cheaply(recipe, world_size)
-    code = start_ranks(world_size, ["-m", "grpo_mega", *arguments])
-    if code:
-        sys.exit(code)
+    return start_ranks(world_size, ["-m", "grpo_mega", *arguments])

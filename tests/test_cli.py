@@ -1,0 +1,251 @@
+"""The command line as a person meets it: a whole run, and one clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from safetensors.torch import load_file
+from torch.distributed.launcher import api as launcher
+
+from grpo_mega import cli
+from grpo_mega.config import load_recipe
+from grpo_mega.parallel import mesh
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.make_model(tmp_path_factory.mktemp("cli") / "model", num_key_value_heads=2, **SHAPE)
+
+
+@pytest.fixture
+def recipe(model, tmp_path):
+    """Writes recipe.yaml and its data; sections given replace keys. Returns the file's path."""
+
+    def write(**changes):
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in range(1, 9)))
+        (tmp_path / "my_rewards.py").write_text("def length(text, answer, row):\n    return len(text) % 3\n")
+        tree = {
+            "model": {"path": str(model)},
+            "data": {"jsonl": str(tmp_path / "data.jsonl"), "heldout": 2},
+            "reward": {"function": "my_rewards:length"},
+            "sampling": {"max_completion_tokens": 4},
+            "grpo": {"group_size": 2},
+            "batch": {"prompts_per_step": 2},
+            "run": {"directory": str(tmp_path / "run"), "num_steps": 2, "save_every": 1},
+        }
+        for section, keys in changes.items():
+            tree[section] = {**tree.get(section, {}), **keys}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def command(*arguments, cwd, starter=()):
+    """Run the real command and wait; its result, with `seconds` it took."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    start = time.monotonic()
+    line = [sys.executable, *starter, "-m", "grpo_mega", "train", *arguments]
+    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    done.seconds = time.monotonic() - start
+    return done
+
+
+def test_a_whole_run(recipe, tmp_path):
+    done = command(recipe(parallel={"pipeline": 2}), "--ranks", "2", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    run = tmp_path / "run"
+    assert load_recipe(run / "recipe.yaml") == load_recipe(tmp_path / "recipe.yaml")
+    metrics, timings, evaluations = (
+        [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("metrics", "timings", "evaluations")
+    )
+    assert [line["step"] for line in metrics] == [line["step"] for line in timings] == [1, 2]
+    assert [line["step"] for line in evaluations] == [0, 2]
+    # what a second run would repeat, and what it would not, are kept apart
+    measured = {"loss", "grad_norm", "kl", "ratio", "clip_fraction", "entropy", "logprob", "sampler_mismatch"}
+    sampled = {"reward", "reward_errors", "degenerate_groups", "completion_tokens", "truncated", "near_boundary_draws"}
+    assert set(metrics[0]) == {"step", "lr"} | measured | sampled
+    assert {"sample_s", "log-probs_s", "update_s", "peak_memory_bytes_a_rank"} <= set(timings[0])
+    rollouts = [
+        json.loads(line)
+        for step in (1, 2)
+        for line in (run / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+    ]
+    keys = [(line["prompt_index"], line["completion"]) for line in rollouts]
+    assert keys == [(prompt, completion) for prompt in range(4) for completion in range(2)]
+    assert sum(line["reward"] for line in rollouts) / 4 == sum(line["reward"] for line in metrics)
+    assert (run / "checkpoints" / "latest").read_text() == "step_2\n"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_1", "step_2"}
+    loads_in_transformers(run / "hf", tmp_path)
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("  after ") for line in lines) == 2  # of two held-out problems
+    before, after = (f"{line['reward']:.3f}" for line in evaluations)
+    assert any(before in line and after in line for line in lines if line.startswith("held-out accuracy: "))
+    (following,) = (line for line in lines if line.startswith("next: "))
+    assert f"{run}/recipe.yaml --run.num_steps 4" in following
+    assert any(str(run / "hf") in line for line in lines[-5:])
+
+
+def loads_in_transformers(folder, tmp_path):
+    """As a model whose weights are those that were written, and with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    weights = load_file(folder / "model.safetensors")
+    first = load_file(Path(load_recipe(tmp_path / "recipe.yaml").model.path) / "model.safetensors")
+    assert weights.keys() == first.keys()
+    assert all(model.state_dict()[name].equal(weight) for name, weight in weights.items())
+    assert any(not weight.equal(first[name]) for name, weight in weights.items())  # it was trained
+    assert AutoTokenizer.from_pretrained(folder).encode("x") == [87]
+
+
+# ---- bad input: (the recipe's changes, more arguments, exit code, the sentence)
+
+MISTAKES = {
+    "missing model folder": (
+        {"model": {"path": "models/none"}}, [], 2,
+        r"model folder models/none does not exist; give a Hugging Face folder \(config\.json and safetensors\)",
+    ),
+    "unknown architecture": (
+        {"model": {"path": "mamba"}}, [], 2,
+        r"mamba/config\.json names the architecture 'MambaForCausalLM'; supported: LlamaForCausalLM",
+    ),
+    "heads not divisible": (
+        {"parallel": {"tensor": 3}}, [], 2,
+        r"parallel\.tensor=3 does not divide the model's 4 attention heads.* tensor in \[1, 2, 4\]",
+    ),
+    "empty data line": ({"data": {"jsonl": "empty_line"}}, [], 3, r"empty_line:2: the line is empty; delete it"),
+    "malformed data line": (
+        {"data": {"jsonl": "malformed"}}, [], 3,
+        r"malformed:3: '\{\"prompt\":' is not JSON \(.*\); write one JSON object a line",
+    ),
+    "empty data": (
+        {"data": {"jsonl": "empty"}}, [], 3,
+        r"data\.jsonl=empty is empty; give a file of one JSON object a line",
+    ),
+    "prompt too long": (
+        {"data": {"jsonl": "long", "heldout": 0}}, [], 3,
+        r"long:2: the prompt has 202 tokens, .*max_completion_tokens=4 too many for a context of 128; remove the row",
+    ),
+    "group of one": (
+        {"grpo": {"group_size": 1}}, [], 2,
+        r".*grpo\.group_size=1 leaves nothing to compare .*; use 2 or more.*",
+    ),
+    "fp16": ({"precision": {"dtype": "fp16"}}, [], 2, r".*precision\.dtype='fp16' is refused: .*; use fp32"),
+    "unknown key": ({"grpo": {"groupsize": 4}}, [], 2, r".*unknown key grpo\.groupsize; did you mean 'group_size'\?"),
+    "unknown override": (
+        {}, ["--grpo.group_siz", "4"], 2,
+        r".*unknown key grpo\.group_siz; did you mean 'group_size'\?",
+    ),
+    "no such reward": (
+        {"reward": {"function": "no_such_package:score"}}, [], 4,
+        r"reward\.function='no_such_package:score': module no_such_package does not import .*; it is looked for in .*",
+    ),
+    "unwritable run directory": (
+        {"run": {"directory": "malformed"}}, [], 2,
+        r"run\.directory=malformed cannot be used \(it is a file\); choose another",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def here(model, tmp_path, monkeypatch):
+    """The current directory, with the files that the mistakes name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(mesh, "initialize", lambda *_: pytest.fail("a mistake came as far as the process group"))
+    monkeypatch.setattr(launcher, "elastic_launch", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "empty_line").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    (tmp_path / "malformed").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n')
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "long").write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "x" * 200}) + "\n")
+    (tmp_path / "mamba").mkdir()
+    config = json.loads((model / "config.json").read_text()) | {"architectures": ["MambaForCausalLM"]}
+    (tmp_path / "mamba" / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_on_every_rank(here, recipe, monkeypatch, capsys, mistake, rank):
+    """As a rank that torchrun has started: read and refused alone, before anything that waits for another rank."""
+    changes, arguments, code, sentence = MISTAKES[mistake]
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.run(["train", recipe(**changes), *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(rf"grpo-mega rank {rank}: {sentence}\n", err), err
+
+
+def test_a_world_that_does_not_fit(here, recipe, monkeypatch, capsys):
+    path = recipe(parallel={"pipeline": 2})
+    sentence = (
+        "3 ranks do not divide into replicas of parallel.tensor=1 x parallel.pipeline=2 = 2 ranks; start 2 ranks or a "
+        "multiple, or change the layout\n"
+    )
+    assert cli.run(["train", path, "--ranks", "3"]) == 2
+    assert cli.run(["train", path, "--ranks", "0"]) == 2
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert cli.run(["train", path]) == 2
+    nothing = "--ranks=0 starts nothing; give at least 1\n"
+    assert capsys.readouterr().err == f"grpo-mega: {sentence}grpo-mega: {nothing}grpo-mega rank 2: {sentence}"
+
+
+CHEAP = [name for name, (*_, code, _) in MISTAKES.items() if code == 2 and "directory" not in name]
+
+
+@pytest.mark.parametrize("mistake", CHEAP)
+def test_what_needs_no_data_is_refused_before_ranks_are_started(here, recipe, capsys, mistake):
+    changes, arguments, code, sentence = MISTAKES[mistake]
+    assert cli.run(["train", recipe(**changes), *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(rf"grpo-mega: {sentence}\n", err), err
+
+
+def test_a_missing_recipe(capsys):
+    assert cli.run(["train", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "grpo-mega: recipe nowhere.yaml cannot be read (No such file or directory); give the path of a YAML file\n"
+    )
+
+
+@pytest.mark.parametrize("starter", ["own", "torchrun"])
+def test_two_real_ranks_end_at_once(here, recipe, starter):
+    """The first to fail ends the other, which may be quicker than the other's own sentence."""
+    path = recipe(data={"jsonl": "malformed"})
+    if starter == "own":
+        done = command(path, "--ranks", "2", cwd=here)
+        assert done.returncode == 3
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--monitor-interval", "1"]
+        done = command(path, cwd=here, starter=torchrun)
+        assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "malformed:3:" in line]
+    assert 1 <= len(said) <= 2 and all(line.startswith("grpo-mega rank ") for line in said)
+    if starter == "own":  # torchrun adds a report of its own
+        assert len(said) == len(done.stderr.splitlines())
+    assert str(ROOT / "grpo_mega") not in done.stderr  # no traceback of ours
+    assert done.seconds < 60
+
+
+def test_a_real_process_refuses_at_once(here, recipe):
+    done = command(recipe(model={"path": "models/none"}), "--ranks", "2", cwd=here)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.seconds < 30
