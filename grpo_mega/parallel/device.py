@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import warnings
 
@@ -20,6 +22,16 @@ def quiet_megatron() -> None:
     warnings.filterwarnings("ignore", module="megatron", category=DeprecationWarning)
 
 
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: by default every large tensor is mapped, faulted in and unmapped again, which
+    costs a sixth of a training step's CPU time. No effect where the C library is another one."""
+    trim_threshold, mmap_max = -1, -4  # names of mallopt's parameters in malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 1 << 30)
+
+
 def prepare() -> torch.device:
     """Bind this process to its device and return it: CUDA device LOCAL_RANK, or the CPU with megatron's stand-in.
 
@@ -35,6 +47,7 @@ def prepare() -> torch.device:
         return _prepared
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    _keep_freed_memory()
     cpu.install()
     _prepared = torch.device("cpu")
     return _prepared
