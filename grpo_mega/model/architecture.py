@@ -94,6 +94,12 @@ def _cuts(arch: Architecture, tensor: int) -> bool:
     return not (arch.num_heads % tensor or arch.ffn_size % tensor or max(kv_heads, tensor) % min(kv_heads, tensor))
 
 
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """The next multiple of 8 x tensor: every rank holds equally many rows, aligned for matrix units."""
+    multiple = 8 * tensor
+    return -(-vocab_size // multiple) * multiple
+
+
 def rope_inverse_frequencies(arch: Architecture) -> tuple[Any, float]:
     """(`[head_dim / 2]` float32 radians a position, factor on cos and sin); arXiv:2104.09864, scaling as configured."""
     import torch

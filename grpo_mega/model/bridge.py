@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grpo_mega.errors import ConfigError
-from grpo_mega.model.architecture import Architecture
+from grpo_mega.model.architecture import Architecture, padded_vocab_size
 from grpo_mega.model.layout import first_layer
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
@@ -112,8 +112,6 @@ def pieces(arch: Architecture, place: Place) -> Iterator[tuple[str, list[Piece]]
 
 def _vocabulary(name: str, arch: Architecture, place: Place) -> list[Piece]:
     """Rows of the padded vocabulary that are real; the rest stay zero."""
-    from grpo_mega.model.build import padded_vocab_size
-
     rows = padded_vocab_size(arch.vocab_size, place.tensor_size) // place.tensor_size
     source = place.tensor * rows
     return [Piece(name, 0, source, 0, max(0, min(rows, arch.vocab_size - source)))]

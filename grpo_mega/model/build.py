@@ -7,19 +7,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from grpo_mega.config import ParallelConfig
 from grpo_mega.model import bridge
-from grpo_mega.model.architecture import Architecture, check_layout, rope_inverse_frequencies
+from grpo_mega.model.architecture import Architecture, check_layout, padded_vocab_size, rope_inverse_frequencies
 from grpo_mega.model.attention import Rope
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.model.specs import TrunkModel, block_spec
 from grpo_mega.parallel.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-
-
-def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """The next multiple of 8 x tensor: every rank holds equally many rows, aligned for matrix units."""
-    multiple = 8 * tensor
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(

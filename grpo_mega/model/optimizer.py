@@ -12,8 +12,9 @@ from grpo_mega.model.specs import TrunkModel
 
 
 def wrap_for_training(model: TrunkModel) -> DistributedDataParallel:
-    """Contiguous fp32 gradient buffers, summed over data-parallel ranks, divided once by the global row count."""
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    """Contiguous gradient buffers in max(fp32, parameter dtype), summed over data-parallel ranks, divided once by R."""
+    in_fp32 = model.config.params_dtype.itemsize < 8  # megatron would keep fp64 gradients in fp32, too
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False)
     wrapped = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
     model.config.no_sync_func = wrapped.no_sync
     model.config.finalize_model_grads_func = finalize_model_grads

@@ -189,7 +189,7 @@ def draw(
     found = torch.zeros(count, 3, dtype=torch.float64, device=logits.device)  # token, logit, near
     mine = (owner == me).nonzero().squeeze(1)
     if mine.numel():
-        wanted = ((threshold - begin)[mine] / scale[mine]).unsqueeze(1)
+        wanted = ((threshold - begin)[mine] / scale[mine]).clamp_(min=0.0).unsqueeze(1)
         place = torch.searchsorted(cdf[mine], wanted, right=True).clamp_(max=part.valid - 1)
         upper = cdf[mine].gather(1, place)
         lower = upper - p[mine].gather(1, place)

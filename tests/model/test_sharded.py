@@ -8,7 +8,6 @@ gradients put back under their Hugging Face names by the bridge's table.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import pytest
 import tiny
@@ -107,7 +106,6 @@ def answers(folders, layouts, dtype):
 def answer(folder, layout, dtype):
     from megatron.core import parallel_state
 
-    from grpo_mega.model import optimizer
     from grpo_mega.model.architecture import read_architecture
     from grpo_mega.model.bridge import Place
     from grpo_mega.model.build import build_model
@@ -121,10 +119,7 @@ def answer(folder, layout, dtype):
     )
     arch = read_architecture(folder)
     model = build_model(arch, mesh, parallel, dtype=dtype, recompute=layout.recompute)
-    buffers = optimizer.DistributedDataParallelConfig
-    wide = lambda **options: buffers(**options | {"grad_reduce_in_fp32": dtype == torch.float32})  # noqa: E731
-    with patch.object(optimizer, "DistributedDataParallelConfig", wide):  # else fp64 gradients are kept in fp32
-        policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, OptimizerConfig(), num_steps=1)
+    policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, OptimizerConfig(), num_steps=1)
 
     s = samples()
     batches = [
