@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from grpo_mega.config import ParallelConfig
@@ -57,6 +58,18 @@ def transformer_config(
     )
 
 
+def _mark_tensor_parallel(model: TrunkModel, arch: Architecture, place: bridge.Place) -> None:
+    """Say of each matrix that tensor ranks hold different slices of it, and along which dimension.
+
+    megatron-core 0.16.1 says so only while it initialises weights (tensor_parallel/layers.py), which we leave out.
+    Unsaid, optimizer/clip_grads.py takes slices for copies, and the norm that clips changes with the tensor ranks.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parts in bridge.pieces(arch, place):
+        if parameters[name].ndim > 1:
+            set_tensor_model_parallel_attributes(parameters[name], is_parallel=True, dim=parts[0].dim, stride=1)
+
+
 def build_model(
     arch: Architecture,
     mesh: Mesh,
@@ -86,6 +99,8 @@ def build_model(
     frequencies, factor = rope_inverse_frequencies(arch)
     model.rope = Rope(frequencies, factor, mesh.device, dtype)
     model.to(mesh.device)
-    bridge.load(model, arch, bridge.Place.of(mesh, layers))
+    place = bridge.Place.of(mesh, layers)
+    bridge.load(model, arch, place)
+    _mark_tensor_parallel(model, arch, place)
     model.requires_grad_(trainable)
     return model

@@ -267,10 +267,6 @@ def test_loss_and_gradient_are_the_papers(ranks, folders, expected, tmp_path, na
                 assert off < 2e-7, f"{case} {tensor}: off by {off:.1e}"
 
 
-unmarked = pytest.mark.xfail(strict=True, reason="model/build: no weight says that it is tensor-parallel")
-SHARDED = [pytest.param("tensor 2", marks=unmarked), pytest.param("tensor 2 sequence", marks=unmarked)]
-
-
 @pytest.fixture(scope="module")
 def updates(folders, tmp_path_factory):
     """first_updates of a layout, run once."""
@@ -289,7 +285,7 @@ def test_first_update_has_ratio_one_and_the_second_has_not(updates, name):
     assert second["clip_fraction"] > 0.1 and second["ratio"] != 1  # the clip range was made as narrow as that
 
 
-@pytest.mark.parametrize("name", ["one process", "data 2", "pipeline 2", *SHARDED])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_norm_that_clips_is_the_gradients(updates, name):
     """Tied embeddings live on two pipeline stages and norms on every tensor rank, but count once; slices count all."""
     (first, _), gradients = updates(name)
