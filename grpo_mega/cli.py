@@ -63,4 +63,5 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
 
     world_size = recipe.parallel.tensor * recipe.parallel.pipeline if ranks is None else ranks
     check_cheaply(recipe, world_size)
+    print(f"grpo_mega: starting {world_size} ranks; torch and megatron-core take some seconds to load", flush=True)
     return start_ranks(world_size, ["-m", "grpo_mega", *arguments])
