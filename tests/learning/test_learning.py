@@ -101,7 +101,7 @@ def recipe(inputs, tmp_path):
             "sampling": {"max_completion_tokens": 2},
             "grpo": {"group_size": 16, "kl_coef": 0.001},
             "batch": {"prompts_per_step": 8, "tokens_per_microbatch": 512},
-            "optimizer": {"lr": 0.01, "beta2": 0.99, "clip_grad": 1000.0},
+            "optimizer": {"lr": 0.01, "beta2": 0.99},
             "run": {"directory": str(tmp_path / "-".join(parallel)), "num_steps": STEPS, "seed": 1},
         }
 
