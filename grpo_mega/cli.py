@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import GrpoMegaError
 
 
@@ -34,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     train.add_argument("recipe", help="a YAML file")
-    train.add_argument("--ranks", type=int, help="processes to start here (default: tensor x pipeline of the recipe)")
+    train.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
     options, overrides = parser.parse_known_args(arguments)
     try:
         return _train(options.recipe, overrides, options.ranks, arguments)
@@ -46,9 +47,15 @@ def run(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
-    from grpo_mega.config import load_recipe
+def _ranks_to_fill(recipe: Recipe) -> int:
+    """As many model replicas as this machine has GPUs, or cores, for; at least one, and no more than prompts a step."""
+    from grpo_mega.parallel.device import local_devices
 
+    replica = recipe.parallel.tensor * recipe.parallel.pipeline
+    return replica * max(1, min(local_devices() // replica, recipe.batch.prompts_per_step))
+
+
+def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
     recipe = load_recipe(path, overrides)
     if "RANK" in os.environ:
         from grpo_mega.parallel.device import quiet_megatron
@@ -61,7 +68,7 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
     from grpo_mega.parallel.launch import start_ranks
     from grpo_mega.trainer.check import check_cheaply
 
-    world_size = recipe.parallel.tensor * recipe.parallel.pipeline if ranks is None else ranks
+    world_size = _ranks_to_fill(recipe) if ranks is None else ranks
     check_cheaply(recipe, world_size)
     print(f"grpo_mega: starting {world_size} ranks; torch and megatron-core take some seconds to load", flush=True)
     return start_ranks(world_size, ["-m", "grpo_mega", *arguments])

@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from grpo_mega.parallel import cpu
+from grpo_mega.parallel import cpu, onednn
 
 _prepared: torch.device | None = None
 
@@ -48,9 +48,15 @@ def prepare() -> torch.device:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     _keep_freed_memory()
+    onednn.install()
     cpu.install()
     _prepared = torch.device("cpu")
     return _prepared
+
+
+def local_devices() -> int:
+    """GPUs of this machine, or the cores that this process may use where there is none."""
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
 def backend(device: torch.device) -> str:

@@ -1,0 +1,39 @@
+"""float32 products by oneDNN: float32's precision, torch's errors, and nobody else's products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def products():
+    """Relative errors of forward and gradients against float64, a float64 product's error, empty products."""
+    from grpo_mega.parallel import onednn
+
+    installed = onednn.install()
+    torch.manual_seed(0)
+    errors = []
+    for n, k, m in ((1, 3, 2), (7, 576, 64), (33, 64, 1000)):
+        left, right, upstream = torch.randn(n, k), torch.randn(m, k), torch.randn(n, m)
+        for transposed in (False, True):
+            a, b = left.clone().requires_grad_(), right.t().contiguous() if transposed else right.clone()
+            b.requires_grad_()
+            out = a @ (b if transposed else b.t())
+            out.backward(upstream)
+            grad_b = b.grad.t() if transposed else b.grad
+            l, r, u = left.double(), right.double(), upstream.double()
+            exact = (l @ r.t(), u @ r, u.t() @ l)
+            errors += [((x - y).norm() / y.norm()).item() for x, y in zip((out, a.grad, grad_b), exact, strict=True)]
+    wide = torch.randn(4, 5, dtype=torch.float64)
+    double = (wide @ wide.t() - (wide.unsqueeze(1) * wide).sum(2)).abs().max().item()
+    empty = (torch.randn(0, 5) @ torch.randn(5, 3)).shape, (torch.randn(2, 0) @ torch.randn(0, 3)).tolist()
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        torch.randn(2, 3) @ torch.randn(2, 3)
+    return installed, max(errors), double, empty
+
+
+def test_products_are_float32s(ranks):
+    installed, single, double, empty = ranks(1, products)[0]
+    assert installed
+    assert 1e-9 < single < 5e-7 and double < 1e-14
+    assert empty == ((0, 3), [[0.0] * 3] * 2)
