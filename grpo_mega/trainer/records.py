@@ -20,20 +20,21 @@ FREE_KEYS = {("run", "num_steps"), ("run", "save_every"), ("run", "evaluate_ever
 
 
 def group_metrics(groups: Sequence[Group]) -> Metrics:
-    """Means over completions (over groups for degenerate_groups) of what was sampled and scored."""
+    """What a step sampled and scored: means over completions, and three counts.
+
+    reward_errors: completions whose reward function failed. degenerate_groups: groups whose rewards are all equal, so
+    that they teach nothing. near_boundary_draws: draws that rounding could have decided otherwise.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     count = len(rollouts)
     completions = [rollout.completion for rollout in rollouts]
     return {
         "reward": Mean(sum(rollout.reward for rollout in rollouts), count),
-        "reward_errors": Mean(sum(rollout.error is not None for rollout in rollouts), count),
-        "degenerate_groups": Mean(sum(map(_is_degenerate, groups)), len(groups)),
+        "reward_errors": Mean(sum(rollout.error is not None for rollout in rollouts), 1),
+        "degenerate_groups": Mean(sum(map(_is_degenerate, groups)), 1),
         "completion_tokens": Mean(sum(len(completion.token_ids) for completion in completions), count),
         "truncated": Mean(sum(completion.finish_reason == "length" for completion in completions), count),
-        "near_boundary_draws": Mean(
-            sum(completion.near_boundary for completion in completions),
-            sum(len(completion.token_ids) for completion in completions),
-        ),
+        "near_boundary_draws": Mean(sum(completion.near_boundary for completion in completions), 1),
     }
 
 
@@ -104,6 +105,8 @@ class RunDirectory:
         _replace(self.path / "rollouts" / f"step_{step:06d}.jsonl", "".join(line + "\n" for line in lines))
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """A line more; a mean of nothing (nan: no token was trained) is null, since JSON knows no nan."""
+        record = {key: None if value != value else value for key, value in record.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 

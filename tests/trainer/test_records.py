@@ -37,11 +37,11 @@ GROUPS = [
 def test_group_metrics_by_hand():
     assert {name: mean.value() for name, mean in group_metrics(GROUPS).items()} == {
         "reward": 0.5,  # (1 + 0 + 0.5 + 0.5) / 4
-        "reward_errors": 0.25,
-        "degenerate_groups": 0.5,  # of two groups
+        "reward_errors": 1,
+        "degenerate_groups": 1,  # of two
         "completion_tokens": 2.75,  # (1 + 5 + 2 + 3) / 4
         "truncated": 0.25,
-        "near_boundary_draws": 2 / 11,  # of eleven draws
+        "near_boundary_draws": 2,
     }
 
 
@@ -84,8 +84,9 @@ def test_lines_of_steps_that_are_run_again_are_dropped(tmp_path):
 
     assert (steps("metrics.jsonl"), steps("timings.jsonl")) == ([1, 2], [1, 2])
     assert steps("evaluations.jsonl") == [1]  # it begins by evaluating what two steps have made
-    files.append("metrics.jsonl", {"step": 3})
+    files.append("metrics.jsonl", {"step": 3, "ratio": float("nan")})
     assert steps("metrics.jsonl") == [1, 2, 3]
+    assert '"ratio": null' in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_resolved_recipe_is_kept(tmp_path):
