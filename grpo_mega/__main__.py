@@ -1,4 +1,4 @@
-"""`python -m grpo_mega`, which is what torchrun, srun and mpirun start."""
+"""`python -m grpo_mega`, which is what torchrun starts as a rank, and what starts ranks itself when it stands alone."""
 
 from grpo_mega.cli import main
 

@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return _train(options.recipe, overrides, options.ranks, arguments)
     except GrpoMegaError as error:
-        rank = f" rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"grpo-mega{rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -48,11 +48,18 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _ranks_to_fill(recipe: Recipe) -> int:
-    """As many model replicas as this machine has GPUs, or cores, for; at least one, and no more than prompts a step."""
-    from grpo_mega.parallel.device import local_devices
+    """Whole model replicas, as many as this machine has GPUs, or cores and memory, for; between one and one a prompt.
 
+    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference) and 3 GiB to work in.
+    """
+    from grpo_mega.model.architecture import read_architecture
+    from grpo_mega.parallel.device import free_memory_bytes, local_devices
+
+    arch = read_architecture(recipe.model.path)
+    parameters = arch.num_layers * arch.layer_parameters + 2 * arch.head_parameters
     replica = recipe.parallel.tensor * recipe.parallel.pipeline
-    return replica * max(1, min(local_devices() // replica, recipe.batch.prompts_per_step))
+    fit = free_memory_bytes() // (20 * parameters + (3 << 30))
+    return replica * max(1, min(local_devices() // replica, recipe.batch.prompts_per_step, fit))
 
 
 def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
@@ -68,7 +75,8 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
     from grpo_mega.parallel.launch import start_ranks
     from grpo_mega.trainer.check import check_cheaply
 
-    world_size = _ranks_to_fill(recipe) if ranks is None else ranks
-    check_cheaply(recipe, world_size)
-    print(f"grpo_mega: starting {world_size} ranks; torch and megatron-core take some seconds to load", flush=True)
-    return start_ranks(world_size, ["-m", "grpo_mega", *arguments])
+    if ranks is None:
+        ranks = _ranks_to_fill(recipe)
+    check_cheaply(recipe, ranks)
+    print(f"grpo_mega: starting {ranks} ranks; torch and megatron-core take some seconds to load", flush=True)
+    return start_ranks(ranks, ["-m", "grpo_mega", *arguments])

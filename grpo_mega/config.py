@@ -127,7 +127,7 @@ class GrpoConfig(Section):
 class BatchConfig(Section):
     prompts_per_step: Positive = 8
     minibatches: Positive = 1  # optimizer updates a step and iteration
-    tokens_per_microbatch: Positive = 1024
+    tokens_per_microbatch: Positive = 1024  # rows of one forward; only a sequence longer than that exceeds it
 
     @model_validator(mode="after")
     def _divides(self) -> BatchConfig:
@@ -173,10 +173,20 @@ class Recipe(Section):
     run: RunConfig
 
     @model_validator(mode="after")
-    def _schedule(self) -> Recipe:
+    def _across_sections(self) -> Recipe:
         warmup, steps = self.optimizer.warmup_steps, self.run.num_steps
         if warmup > steps:
             raise ValueError(f"optimizer.warmup_steps={warmup} exceeds run.num_steps={steps}; warm up for fewer steps")
+        if self.grpo.group_size > self.sampling.max_rows:
+            raise ValueError(
+                f"grpo.group_size={self.grpo.group_size} exceeds sampling.max_rows={self.sampling.max_rows}, the rows "
+                "decoded together; raise max_rows, since a group is sampled as one"
+            )
+        if self.reference.path is not None and self.grpo.kl_coef == 0:
+            raise ValueError(
+                f"reference.path={self.reference.path} would never be used with grpo.kl_coef=0; leave it out, or give "
+                "the KL term a weight"
+            )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(
                 f"optimizer.min_lr={self.optimizer.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower min_lr"

@@ -42,7 +42,7 @@ class Completion:
 
     `sampler_logprobs[i]` is ln q(token_ids[i] | what came before), q being the distribution sampled from.
     `near_boundary` counts draws whose uniform number fell within 1e-5 of a boundary of the cumulative distribution:
-    the only draws that rounding could ever have decided otherwise.
+    those that the rounding of another layout is most likely to decide otherwise.
     """
 
     token_ids: tuple[int, ...]

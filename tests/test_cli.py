@@ -156,6 +156,10 @@ MISTAKES = {
         {"reward": {"function": "no_such_package:score"}}, [], 4,
         r"reward\.function='no_such_package:score': module no_such_package does not import .*; it is looked for in .*",
     ),
+    "no answers for exact": (
+        {"reward": {"function": "exact"}, "data": {"heldout": 0}}, [], 3,
+        r".*data\.jsonl:1 has no 'answer', which reward\.function=exact compares with; name the field .*",
+    ),
     "unwritable run directory": (
         {"run": {"directory": "malformed"}}, [], 2,
         r"run\.directory=malformed cannot be used \(it is a file\); choose another",
@@ -180,6 +184,23 @@ def here(model, tmp_path, monkeypatch):
     config = json.loads((model / "config.json").read_text()) | {"architectures": ["MambaForCausalLM"]}
     (tmp_path / "mamba" / "config.json").write_text(json.dumps(config))
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("layout", "devices", "memory", "ranks"),
+    [
+        ({}, 8, 1 << 40, 2),  # no more replicas than the two prompts of a step
+        ({"pipeline": 2}, 3, 1 << 40, 2),  # whole replicas only
+        ({}, 2, 1 << 30, 1),  # memory for less than one replica
+        ({"pipeline": 2}, 1, 1 << 40, 2),  # one replica at least
+    ],
+)
+def test_alone_it_fills_the_machine(recipe, monkeypatch, layout, devices, memory, ranks):
+    from grpo_mega.parallel import device
+
+    monkeypatch.setattr(device, "local_devices", lambda: devices)
+    monkeypatch.setattr(device, "free_memory_bytes", lambda: memory)
+    assert cli._ranks_to_fill(load_recipe(recipe(parallel=layout))) == ranks
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -134,6 +134,11 @@ def test_the_resolved_recipe_is_the_same_recipe(load):
             "optimizer.warmup_steps=101 exceeds run.num_steps=100; warm up for fewer steps",
         ),
         (LEAST + "optimizer: {lr: 1e-6, min_lr: 1e-5}\n", "optimizer.min_lr=1e-05 exceeds optimizer.lr=1e-06; lower"),
+        (LEAST + "grpo: {group_size: 65}\n", "grpo.group_size=65 exceeds sampling.max_rows=64, the rows decoded"),
+        (
+            LEAST + "reference: {path: frozen}\ngrpo: {kl_coef: 0}\n",
+            "reference.path=frozen would never be used with grpo.kl_coef=0; leave it out",
+        ),
         ("", " is empty; write its sections (model:, data:, run:, ...)"),
         ("- model\n", " holds a list; write its sections (model:, data:, run:, ...)"),
         ("model: [\n", " is not valid YAML: line 2, column 1: expected the node content"),

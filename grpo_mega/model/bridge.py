@@ -198,6 +198,8 @@ def load(model: nn.Module, arch: Architecture, place: Place) -> None:
         parameter = parameters.pop(name)
         parameter.zero_()
         for piece in parts:
+            if piece.length == 0:
+                continue  # a tensor rank beyond the real vocabulary; safetensors refuses the empty slice
             source = slice(piece.source, piece.source + piece.length)
             view = folder.slice(piece.name)
             value = view[source] if piece.dim == 0 else view[:, source]

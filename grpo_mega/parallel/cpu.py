@@ -8,7 +8,8 @@ Installed only where no GPU is present, by `device.prepare()`. It answers four h
 - `torch.cuda.current_device()` given as a device, synchronize, streams, events: the CPU device, nothing to wait for;
 - the CUDA random state of tensor_parallel/random.py: torch's own CPU generator.
 
-Nothing of it changes a number. A version of megatron-core that it was not checked with is refused.
+Nothing of it changes a number (products are `onednn`'s business). A version of megatron-core that it was not checked
+with is refused.
 """
 
 from __future__ import annotations

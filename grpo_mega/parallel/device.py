@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import warnings
 
+import psutil
 import torch
 
+from grpo_mega.errors import ConfigError
 from grpo_mega.parallel import cpu, onednn
 
 _prepared: torch.device | None = None
@@ -22,16 +22,6 @@ def quiet_megatron() -> None:
     warnings.filterwarnings("ignore", module="megatron", category=DeprecationWarning)
 
 
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: by default every large tensor is mapped, faulted in and unmapped again, which
-    costs a sixth of a training step's CPU time. No effect where the C library is another one."""
-    trim_threshold, mmap_max = -1, -4  # names of mallopt's parameters in malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 1 << 30)
-
-
 def prepare() -> torch.device:
     """Bind this process to its device and return it: CUDA device LOCAL_RANK, or the CPU with megatron's stand-in.
 
@@ -42,12 +32,17 @@ def prepare() -> torch.device:
         return _prepared
     quiet_megatron()
     if torch.cuda.is_available():
-        _prepared = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; start "
+                "no more ranks here than it has GPUs"
+            )
+        _prepared = torch.device("cuda", local_rank)
         torch.cuda.set_device(_prepared)
         return _prepared
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    _keep_freed_memory()
     onednn.install()
     cpu.install()
     _prepared = torch.device("cpu")
@@ -57,6 +52,11 @@ def prepare() -> torch.device:
 def local_devices() -> int:
     """GPUs of this machine, or the cores that this process may use where there is none."""
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def free_memory_bytes() -> int:
+    """Memory that new processes can have before this machine swaps; no bound where the model goes to GPUs."""
+    return 1 << 62 if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
 def backend(device: torch.device) -> str:

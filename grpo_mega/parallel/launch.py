@@ -38,6 +38,12 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(
+                f"grpo-mega: rank {failure.local_rank} was ended by signal {-failure.exitcode}"
+                + (" (out of memory? start fewer ranks: --ranks N)" if failure.exitcode == -9 else ""),
+                file=sys.stderr,
+            )
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:  # Ctrl-C or SIGTERM: the launcher has passed it on to the ranks
         return 128 + error.sigval

@@ -40,7 +40,7 @@ class PipelineLink:
         axis = self.mesh.tokens
         if axis.size > 1:
             work = dist.broadcast(drawn, group=axis.group, group_src=axis.size - 1, async_op=True)
-            self._sent.append((work, drawn))
+            self._sent = [(w, t) for w, t in self._sent if not w.is_completed()] + [(work, drawn)]
 
     def hear(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Other stages: wait for what the last stage published next."""

@@ -12,8 +12,9 @@ _WORD = (1 << 64) - 1
 def uniforms(seed: int, step: int, prompt: int, completion: int, count: int) -> Tensor:
     """`[count]` float64 in [0, 1): number i decides the completion's token i.
 
-    Philox4x64-10 (Salmon et al., SC 2011) with key (seed, step) and counter (position, completion, prompt): any rank
-    computes any row's noise without having drawn another's. Prompt indices may be negative (held-out problems).
+    Philox4x64-10 (Salmon et al., SC 2011) with key (seed, step) and a counter that starts at (0, completion, prompt),
+    four numbers a count: any rank computes any row's noise without having drawn another's. Prompt indices may be
+    negative (held-out problems).
     """
     key = np.array([seed & _WORD, step & _WORD], dtype=np.uint64)
     counter = np.array([0, completion & _WORD, prompt & _WORD, 0], dtype=np.uint64)

@@ -53,12 +53,20 @@ def equalize(
     units = bundles(samples, capacity)
     lengths = [bundle_rows(unit) for unit in units]
     group, device = mesh.data.group, mesh.device
-    count = max(1, collectives.max_int(first_fit(lengths, capacity), group, device))
+    count = collectives.max_int(_count(lengths, capacity), group, device)
     bins = partition(lengths, count)
     longest = max(multiple, *(sum(lengths[i] for i in bin) for bin in bins))
     rows = -(-collectives.max_int(longest, group, device) // multiple) * multiple
     scale = rows * count * mesh.data.size / max(1, denominator)
     return [pack([units[i] for i in bin], rows, scale=scale, dtype=dtype, device=device) for bin in bins]
+
+
+def _count(lengths: Sequence[int], capacity: int) -> int:
+    """The fewest balanced bins, from first-fit's number on, none of them above the capacity (or the longest unit)."""
+    count, limit = max(1, first_fit(lengths, capacity)), max(capacity, *lengths, 0)
+    while max(sum(lengths[i] for i in bin) for bin in partition(lengths, count)) > limit:
+        count += 1
+    return count
 
 
 def with_logprobs(batches: Sequence[Microbatch], old: Sequence, ref: Sequence) -> list[Microbatch]:

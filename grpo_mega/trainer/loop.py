@@ -16,6 +16,8 @@ from grpo_mega.trainer.records import group_metrics
 from grpo_mega.trainer.setup import Run, share
 from grpo_mega.types import Completion, Group, Mean, Metrics, Microbatch, Prompt, add_metrics
 
+EVALUATION_COMPLETIONS = 4
+
 
 def train(run: Run, start: int = 0) -> None:
     """Run the recipe's steps from `start` on; every rank calls, the writing rank records."""
@@ -31,7 +33,8 @@ def train(run: Run, start: int = 0) -> None:
             groups = score(run, [prompts[i] for i in mine], completions)
             everything = record_rollouts(run, step, groups)
         metrics = group_metrics(everything)
-        progress.note(f"reward {metrics['reward'].value():.3f}")
+        errors = int(metrics["reward_errors"].total)
+        progress.note(f"reward {metrics['reward'].value():.3f}" + (f" ({errors} errors)" if errors else ""))
         with progress.phase("log-probs"):
             parts = minibatches(groups, mine, recipe, mesh, policy.dtype)
             parts = [logprobs_of(run, batches, on_policy=mu == len(parts) == 1) for batches in parts]
@@ -43,7 +46,8 @@ def train(run: Run, start: int = 0) -> None:
         record_step(run, step, everything, metrics)
         if step + 1 == steps or (recipe.run.save_every and (step + 1) % recipe.run.save_every == 0):
             save(run, step + 1)
-        if recipe.run.evaluate_every and (step + 1) % recipe.run.evaluate_every == 0 and step + 1 < steps:
+        every = recipe.run.evaluate_every
+        if every and (step + 1) % every == 0 and step + 1 < steps and run.inputs.heldout:
             evaluate(run, step + 1)
 
 
@@ -119,6 +123,3 @@ def evaluate(run: Run, steps_done: int) -> tuple[float, list[Group]]:
     if run.mesh.is_writer:
         run.inputs.directory.append("evaluations.jsonl", {"step": steps_done, "reward": reward})
     return reward, groups
-
-
-EVALUATION_COMPLETIONS = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grpo_mega.config import Recipe
 from grpo_mega.model import bridge
-from grpo_mega.parallel import mesh
+from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer import checkpoint, loop
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.report import how_to_go_on, report
@@ -21,6 +21,8 @@ def train(recipe: Recipe) -> None:
         run = build_run(recipe, inputs, grid, progress)
     start = resume(run)
     if start >= recipe.run.num_steps:
+        if collectives.broadcast_object(not inputs.directory.hf.exists(), grid.world.group):
+            export(run)  # the run was ended between its last checkpoint and this
         progress.say(f"all {recipe.run.num_steps} steps are done, the model is in {inputs.directory.hf}")
         progress.say(f"next: {how_to_go_on(run)}, or another run.directory")
         return mesh.shutdown()
@@ -29,16 +31,24 @@ def train(recipe: Recipe) -> None:
     before = loop.evaluate(run, start) if inputs.heldout else None
     loop.train(run, start)
     after = loop.evaluate(run, recipe.run.num_steps) if inputs.heldout else None
-    if grid.data.first:
-        with progress.phase_line(f"writing {inputs.directory.hf}"):
-            bridge.export(run.policy.model, inputs.arch, grid, inputs.layers, inputs.directory.hf)
+    export(run)
     report(run, start, before, after)
     mesh.shutdown()
 
 
+def export(run: Run) -> None:
+    """Write the policy as a Hugging Face folder, from the first replica's ranks."""
+    inputs = run.inputs
+    if run.mesh.data.first:
+        with run.progress.phase_line(f"writing {inputs.directory.hf}"):
+            bridge.export(run.policy.model, inputs.arch, run.mesh, inputs.layers, inputs.directory.hf)
+
+
 def resume(run: Run) -> int:
     """Load the run directory's latest checkpoint, if any; the number of steps already done."""
-    found = checkpoint.latest(run.inputs.directory.checkpoints)
+    # the writer decides: every rank must go on from the same step, or none
+    mine = checkpoint.latest(run.inputs.directory.checkpoints) if run.mesh.is_writer else None
+    found = collectives.broadcast_object(mine, run.mesh.world.group)
     if found is None:
         return 0
     state = checkpoint.load(found, run.policy)

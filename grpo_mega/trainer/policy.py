@@ -51,16 +51,16 @@ class Scorer:
         def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
             rows = batch.loss_weights.nonzero().squeeze(1)
             values = self._head(hidden, batch, rows)[0]
-            tick()
             return torch.zeros_like(batch.loss_weights, dtype=values.dtype).index_copy(0, rows, values)
 
-        found = self._run(batches, collect, forward_only=True)
+        found = self._run(batches, collect, tick, forward_only=True)
         return found if self.mesh.pipeline.last else [None] * len(batches)
 
-    def _run(self, batches: Sequence[Microbatch], on_hidden: Callable, *, forward_only: bool) -> list:
-        """All microbatches through megatron's schedule (1F1B under pipeline parallelism)."""
+    def _run(self, batches: Sequence[Microbatch], on_hidden: Callable, tick: Tick, *, forward_only: bool) -> list:
+        """All microbatches through megatron's schedule (1F1B under pipeline parallelism); a tick for each forward."""
 
         def forward(iterator: Iterator[Microbatch], model: nn.Module):
+            tick()
             batch = next(iterator)
             cos, sin = self.model.rope(batch.position_ids)
             rows = PackedRows(cos, sin, tuple(batch.cu_seqlens.diff().tolist()), batch.prefixes)
@@ -126,13 +126,12 @@ class Policy(Scorer):
             rows = batch.loss_weights.nonzero().squeeze(1)
             logprobs, entropies = self._head(hidden, batch, rows)
             total, metrics = objective(logprobs, entropies, batch.take(rows))
-            tick()
             metrics["loss"] = Mean(total.detach().double(), batch.rows)
             return total, torch.tensor(batch.rows, dtype=torch.int, device=total.device), metrics
 
         self._buffers.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return add_metrics(*self._run(batches, loss, forward_only=False))
+        return add_metrics(*self._run(batches, loss, tick, forward_only=False))
 
     def update(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = _silent) -> Metrics:
         """One optimizer step on the batches. Raises GrpoMegaError, on every rank, before a bad gradient is kept."""

@@ -13,10 +13,14 @@ from grpo_mega.errors import ConfigError
 from grpo_mega.objective.advantages import is_degenerate
 from grpo_mega.types import Group, Mean, Metrics
 
-# settings that a resumed run may change: they say how long and where, not what is computed
+# settings that a resumed run may change: where, how long and in what portions, not what a step computes
 FREE_SECTIONS = ("parallel",)
-FREE_KEYS = {("run", "num_steps"), ("run", "save_every"), ("run", "evaluate_every"), ("sampling", "max_rows"),
-             ("batch", "tokens_per_microbatch"), ("model", "recompute")}  # fmt: skip
+FREE_KEYS = {
+    *(("run", key) for key in ("directory", "num_steps", "save_every", "evaluate_every")),
+    ("sampling", "max_rows"),
+    ("batch", "tokens_per_microbatch"),
+    ("model", "recompute"),
+}
 
 
 def group_metrics(groups: Sequence[Group]) -> Metrics:

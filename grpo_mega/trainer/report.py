@@ -45,8 +45,8 @@ def report(
     if run.mesh.is_writer:
         median = median_seconds(directory.path / "timings.jsonl")
         say(
-            f"seconds a step (median of {steps}): {median['step']:.1f} = sampling {median['sample']:.1f} + log-probs "
-            f"{median['log-probs']:.1f} + update {median['update']:.1f}; peak memory a rank {median['memory']:.2f} GiB"
+            f"seconds a step (medians): {median['step']:.1f}, of them sampling {median['sample']:.1f}, log-probs "
+            f"{median['log-probs']:.1f}, update {median['update']:.1f}; peak memory a rank {median['memory']:.2f} GiB"
         )
     say(f"records: {directory.path}/ (metrics.jsonl, timings.jsonl, evaluations.jsonl, rollouts/)")
     say(f"trained model (a Hugging Face folder): {directory.hf}")

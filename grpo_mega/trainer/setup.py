@@ -12,6 +12,7 @@ from grpo_mega.config import Recipe
 from grpo_mega.data.prompts import PromptStream, Renderer, heldout_prompts
 from grpo_mega.data.rows import load_rows
 from grpo_mega.data.tokenizer import ChatTokenizer, load_tokenizer
+from grpo_mega.errors import ConfigError, DataError
 from grpo_mega.model.architecture import Architecture, read_architecture
 from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.decode import Decoder
@@ -20,6 +21,7 @@ from grpo_mega.objective.grpo import grpo_loss
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.rewards.resolve import RewardFunction, resolve_reward
 from grpo_mega.rollout.in_process import InProcessSampler
+from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply
 from grpo_mega.trainer.policy import Objective, Policy, Scorer
 from grpo_mega.trainer.progress import Progress
@@ -49,7 +51,7 @@ class Run:
     mesh: Mesh
     policy: Policy
     reference: Scorer | None
-    sampler: InProcessSampler
+    sampler: Sampler
     objective: Objective
     progress: Progress
 
@@ -59,7 +61,18 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     arch = check_cheaply(recipe, world_size)
     reward = resolve_reward(recipe.reward.function)
     training, heldout = load_rows(recipe.data, recipe.run.seed)
+    for row in (*training, *heldout):
+        if recipe.reward.function == "exact" and row["answer"] is None:
+            raise DataError(
+                f"{row['origin']} has no {recipe.data.answer_field!r}, which reward.function=exact compares with; name "
+                "the field that holds the answer in data.answer_field, or use a reward function of your own"
+            )
     tokenizer = load_tokenizer(recipe.model.path)
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {recipe.model.path} has {tokenizer.vocab_size} tokens, its model {arch.vocab_size}; use "
+            "the tokenizer that the model was made with"
+        )
     render = Renderer(recipe.data, tokenizer, recipe.sampling.max_completion_tokens, arch.context_length)
     directory = RunDirectory(recipe)
     directory.check()

@@ -20,6 +20,7 @@ MODELS = {
     "tied": {"tied": True},
     "untied": {"tied": False},
     "few": {"tied": True, "num_key_value_heads": 2, "head_dim": 6},  # heads wider than hidden / heads
+    "small": {"tied": False, "vocab_size": 15, "eos_token_id": 14},  # of 3 tensor ranks the last has no real row
     "scaled": {
         "tied": False,
         "rope_parameters": {
@@ -31,7 +32,7 @@ MODELS = {
 CUTS = [  # model, tensor, pipeline, stages
     ("tied", 1, 1, None), ("untied", 1, 1, None), ("scaled", 1, 1, None),
     ("tied", 2, 1, None), ("untied", 2, 1, None), ("tied", 1, 2, None), ("untied", 1, 2, (4, 1)),
-    ("tied", 3, 1, None), ("untied", 1, 3, (1, 3, 1)),
+    ("tied", 3, 1, None), ("small", 3, 1, None), ("untied", 1, 3, (1, 3, 1)),
     ("few", 4, 1, None), ("tied", 2, 2, None), ("untied", 2, 2, (2, 3)),
 ]  # fmt: skip
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4]

@@ -102,7 +102,7 @@ def test_resolved_recipe_is_kept(tmp_path):
     [
         {"parallel": {"tensor": 2}},
         {"batch": {"tokens_per_microbatch": 8}},
-        {"sampling": {"max_rows": 1}},
+        {"sampling": {"max_rows": 8}},
         {"model": {"path": "m", "recompute": "full"}},
     ],
     ids=str,
