@@ -17,8 +17,15 @@ _prepared: torch.device | None = None
 def quiet_megatron() -> None:
     """Silence what megatron-core warns of at import and in every run: missing accelerations (which this project reports
     itself) and deprecations inside megatron. Call before the first import of megatron."""
-    for message in (".*(Transformer Engine|[Aa]pex)", ".*full scope is deprecated", ".*[Bb]arrier.*device", ".*c10d::"):
-        warnings.filterwarnings("ignore", message=message)
+    for subject in (
+        "(Transformer Engine|[Aa]pex)",
+        "full scope is deprecated",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "torch.distributed.\\w+. is deprecated",
+        "[Bb]arrier.*device",
+        "c10d::",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{subject}")
     warnings.filterwarnings("ignore", module="megatron", category=DeprecationWarning)
 
 
