@@ -7,6 +7,10 @@ from pathlib import Path
 
 VOCABULARY = 259  # 256 bytes and three special tokens: 3 x a prime, so that every tensor size but 3 pads it
 END = 258
+CHAT = (  # the user's text between two special tokens
+    "{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
+)
 
 
 def make_model(folder: Path, *, tied: bool = True, seed: int = 0, scale: float = 0.2, **changes) -> Path:
@@ -42,12 +46,13 @@ def make_model(folder: Path, *, tied: bool = True, seed: int = 0, scale: float =
                 parameter.copy_(1 + 0.1 * torch.randn_like(parameter))
     torch.set_rng_state(generator_state)
     model.save_pretrained(folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, CHAT, end="<|im_end|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END]}))
     return folder
 
 
-def save_tokenizer(folder: Path) -> None:
-    """Every byte is a token; the chat template is the user's text between two special tokens."""
+def save_tokenizer(folder: Path, template: str | None, end: str) -> None:
+    """A byte-level tokenizer: every byte is a token, so nothing is unknown and lengths can be counted."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -56,10 +61,6 @@ def save_tokenizer(folder: Path) -> None:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])  # 256, 257, 258
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>")
-    fast.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end)
+    fast.chat_template = template
     fast.save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END]}))

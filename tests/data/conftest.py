@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny
 
 # DEFAULT inserts a system message of its own, as SmolLM2's template does
 DEFAULT = (
@@ -27,19 +28,10 @@ TEMPLATES = {"default": DEFAULT, "no_system": NO_SYSTEM, None: None}
 @pytest.fixture
 def save_tokenizer(tmp_path):
     """save(template, generation_config) -> the folder; template: a key of TEMPLATES."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     def save(template=None, generation_config=None):
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        raw = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        raw.decoder = decoders.ByteLevel()
-        raw.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])  # 256, 257, 258
-        fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|endoftext|>")
-        fast.chat_template = TEMPLATES[template]
         folder = tmp_path / "model"
-        fast.save_pretrained(folder)
+        tiny.save_tokenizer(folder, TEMPLATES[template], end="<|endoftext|>")
         if generation_config is not None:
             (folder / "generation_config.json").write_text(json.dumps(generation_config))
         return folder
