@@ -41,7 +41,9 @@ def run(arguments: Sequence[str]) -> int:
         return _train(options.recipe, overrides, options.ranks, arguments)
     except GrpoMegaError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"grpo-mega{rank}: {error}", file=sys.stderr, flush=True)
+        # one write: print sends the line's end by itself, and ranks that share a terminal would mix their lines
+        sys.stderr.write(f"grpo-mega{rank}: {error}\n")
+        sys.stderr.flush()
         return error.exit_code
     except KeyboardInterrupt:
         return 130
