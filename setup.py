@@ -30,7 +30,11 @@ setup(
         "pydantic>=2.7,<3",
         "pyyaml>=6",
         "rich>=13",
+        "tensorboard>=2.15",
+        "pyarrow>=16",  # rollouts and Parquet data
+        "datasets>=3",
         "reasoning-gym>=0.1.25,<0.2",
+        "math-verify>=0.8,<1",
     ],
     extras_require={
         # NVIDIA apex has no package there (PyPI's "apex" is unrelated); Transformer Engine serves without it

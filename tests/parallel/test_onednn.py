@@ -35,5 +35,7 @@ def products():
 def test_products_are_float32s(ranks):
     installed, single, double, empty = ranks(1, products)[0]
     assert installed
-    assert 1e-9 < single < 5e-7 and double < 1e-14
+    # rounding of 1000 float32 sums of 1000 terms grows like their square root; how many lanes share a sum is the
+    # processor's business (4e-7 with AVX-512, 6e-7 with AVX2). A bf16 or TF32 product errs by 1e-3.
+    assert 1e-9 < single < 1000**0.5 * 2**-24 and double < 1e-14
     assert empty == ((0, 3), [[0.0] * 3] * 2)

@@ -1,0 +1,168 @@
+"""From a YAML file and `--section.key value` overrides to a Recipe, or to one error that lists what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from grpo_mega.config.base import Section
+from grpo_mega.config.recipe import Recipe
+from grpo_mega.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number (YAML 1.1 asks for a dot) and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out: `load_recipe` of it gives the same recipe."""
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    overrides: ["--section.key", "value", "--section.key=value", ...]. A value is read as YAML (8, 1e-6, true, [1, 2]),
+    except that a key which holds text takes it as it stands ("{prompt}" is YAML for a mapping); null unsets it.
+    "--section", "{key: value}" gives a section anew: what the file says of it is gone.
+    Raises ConfigError naming the file, the key, the value found and the remedy.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path} is not UTF-8 ({error.reason} at byte {error.start}); save as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {_yaml_reason(error)}") from None
+    if not isinstance(tree, dict):
+        found = "is empty" if tree is None else f"holds a {type(tree).__name__}"
+        raise ConfigError(f"recipe {path} {found}; write its sections (model:, data:, run:, ...)")
+    _check_sections(tree, str(path))
+    for key, value in _parse_overrides(overrides):
+        section, _, name = key.partition(".")
+        if section not in Recipe.model_fields:
+            raise ConfigError(f"--{key} names no recipe section{_nearest(section, Recipe.model_fields)}")
+        if not name:
+            if not isinstance(value, dict):
+                raise ConfigError(f"--{key} names a section; write --{key}.key value, or --{key} '{{key: value}}'")
+            tree[section] = value
+            continue
+        if tree.get(section) is None:
+            tree[section] = {}
+        _set(tree[section], name, value, key)
+    return validate_recipe(tree, str(path))
+
+
+def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A Recipe from nested dicts; every problem found is listed in one ConfigError."""
+    try:
+        return Recipe.model_validate({key: {} if value is None else value for key, value in tree.items()})
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from None
+
+
+def _check_sections(tree: dict[Any, Any], origin: str) -> None:
+    for section, value in tree.items():
+        if section not in Recipe.model_fields:
+            raise ConfigError(f"{origin}: unknown section {section!r}{_nearest(str(section), Recipe.model_fields)}")
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{origin}: section {section!r} holds {value!r}; write its keys below it, indented")
+
+
+def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word[2:].partition("=")
+        if not word.startswith("--") or not key:
+            raise ConfigError(f"{word!r} is not an override; write --section.key value")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} lacks a value; write --{key} value")
+            text = rest.pop(0)
+        try:
+            pairs.append((key, text if _holds_text(key) and text != "null" else yaml.load(text, Loader=_Loader)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{key}={text}: the value is not valid YAML: {_yaml_reason(error)}") from None
+    return pairs
+
+
+def _holds_text(key: str) -> bool:
+    section, _, name = key.partition(".")
+    fields = _fields(section)
+    return name in fields and fields[name].annotation in (str, str | None)
+
+
+def _fields(section: str) -> Mapping[str, Any]:
+    annotation: Any = Recipe.model_fields[section].annotation if section in Recipe.model_fields else Section
+    return annotation.model_fields
+
+
+def _set(section: dict[str, Any], name: str, value: Any, key: str) -> None:
+    head, _, tail = name.partition(".")
+    if not tail:
+        section[head] = value
+        return
+    child = section.setdefault(head, {})
+    if not isinstance(child, dict):
+        raise ConfigError(f"--{key}: {head!r} holds {child!r}, so it has no key {tail!r}; drop .{tail}")
+    _set(child, tail, value, key)
+
+
+def _nearest(word: str, known: Any) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+
+
+def _yaml_reason(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    reason = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {reason}" if mark else reason
+
+
+def _describe(item: Any) -> str:
+    """One problem as a sentence: a validator's message continues "section.key=value ..." unless it names its keys."""
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {where}{_nearest(str(item['loc'][-1]), _fields(item['loc'][0]))}"
+    if item["type"] == "missing":
+        if len(item["loc"]) == 1:
+            return f"section {where} is missing; write {where}: and its keys below it"
+        return f"{where} is missing and has no default; write it in the recipe or pass --{where} value"
+    message, found = item["msg"].removeprefix("Value error, "), item["input"]
+    if item["type"] == "value_error" and isinstance(found, dict):
+        return message
+    if item["type"] == "string_type":
+        return f"{where}={found!r} was not read as text; put it in quotes"
+    for pydantic_word, ours in _WORDS.items():
+        message = message.replace(pydantic_word, ours)
+    return f"{where}={found!r} {message}"
+
+
+_WORDS = {"Input should": "should", "String should": "should", "valid tuple": "list", "valid dictionary": "mapping"}

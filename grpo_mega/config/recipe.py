@@ -1,0 +1,154 @@
+"""The recipe as a whole: its sections, what each key means and its default, and what must hold across sections."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from grpo_mega.config.base import Counts, Name, NonNegative, Positive, Section
+from grpo_mega.config.data import DataConfig
+from grpo_mega.config.reward import RewardConfig
+
+
+class ModelConfig(Section):
+    path: Name  # Hugging Face folder of the policy's first weights
+    recompute: Literal["none", "full"] = "none"  # full: activations of a layer are computed again in the backward
+
+
+class ReferenceConfig(Section):
+    path: str | None = None  # frozen reference; default: the policy's first weights
+
+
+class ParallelConfig(Section):
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    sequence: bool = False  # megatron's sequence parallelism: activations between layers are sharded over tensor ranks
+    pipeline_layout: Counts | None = None  # layers of each stage; default: balanced by cost
+
+    @model_validator(mode="after")
+    def _layout(self) -> ParallelConfig:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
+        if self.pipeline_layout is not None and len(self.pipeline_layout) != self.pipeline:
+            raise ValueError(
+                f"parallel.pipeline_layout has {len(self.pipeline_layout)} stages but parallel.pipeline="
+                f"{self.pipeline}; give one layer count a stage"
+            )
+        return self
+
+
+class PrecisionConfig(Section):
+    dtype: str = "fp32"
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype(cls, value: str) -> str:
+        if value == "fp16":
+            raise ValueError(
+                "is refused: it keeps 11 bits of a ratio whose clip range is a few hundredths, and needs loss "
+                "scaling that skips steps; use fp32"
+            )
+        if value != "fp32":
+            raise ValueError("is not supported; use fp32")
+        return value
+
+
+class SamplingConfig(Section):
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_completion_tokens: Positive = 256
+    stop_token_ids: Counts = ()  # besides the tokenizer's end of sequence (and end of turn)
+    max_rows: Positive = 64  # completions decoded together on one data-parallel rank
+
+
+class GrpoConfig(Section):
+    group_size: int = 8
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    kl_coef: Annotated[float, Field(ge=0)] = 0.04
+    num_iterations: Positive = 1  # the paper's mu
+    normalization: Literal["sequence", "group_token", "token", "constant"] = "sequence"
+
+    @field_validator("group_size")
+    @classmethod
+    def _group(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(
+                "leaves nothing to compare a completion with: the standard deviation of a group of one is "
+                "undefined; use 2 or more (DeepSeekMath uses 64)"
+            )
+        return value
+
+
+class BatchConfig(Section):
+    prompts_per_step: Positive = 8
+    minibatches: Positive = 1  # optimizer updates a step and iteration
+    tokens_per_microbatch: Positive = 1024  # rows of one forward; only a sequence longer than that exceeds it
+
+    @model_validator(mode="after")
+    def _divides(self) -> BatchConfig:
+        if self.prompts_per_step % self.minibatches:
+            raise ValueError(
+                f"batch.prompts_per_step={self.prompts_per_step} is not divisible by batch.minibatches="
+                f"{self.minibatches}; every minibatch holds whole groups"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegative = 0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # never on norms and biases
+    clip_grad: Annotated[float, Field(gt=0)] = 1.0  # of the global gradient norm
+
+
+class RunConfig(Section):
+    directory: Name
+    num_steps: Positive = 100
+    seed: NonNegative = 0
+    save_every: NonNegative = 0  # 0: only at the end
+    evaluate_every: NonNegative = 0  # 0: only before and after
+
+
+class Recipe(Section):
+    model: ModelConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Recipe:
+        warmup, steps = self.optimizer.warmup_steps, self.run.num_steps
+        if warmup > steps:
+            raise ValueError(f"optimizer.warmup_steps={warmup} exceeds run.num_steps={steps}; warm up for fewer steps")
+        if self.grpo.group_size > self.sampling.max_rows:
+            raise ValueError(
+                f"grpo.group_size={self.grpo.group_size} exceeds sampling.max_rows={self.sampling.max_rows}, the rows "
+                "decoded together; raise max_rows, since a group is sampled as one"
+            )
+        if self.reference.path is not None and self.grpo.kl_coef == 0:
+            raise ValueError(
+                f"reference.path={self.reference.path} would never be used with grpo.kl_coef=0; leave it out, or give "
+                "the KL term a weight"
+            )
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr={self.optimizer.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower min_lr"
+            )
+        return self
+
+    @property
+    def reference_path(self) -> str:
+        return self.reference.path or self.model.path
