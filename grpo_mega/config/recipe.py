@@ -39,18 +39,22 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    dtype: str = "fp32"
+    """Of each phase. Log-probs, gradients of a step and Adam's states are float32 whatever is chosen here."""
 
-    @field_validator("dtype")
+    dtype: str = "fp32"  # the policy's weights and its update; bf16 keeps float32 main weights in the optimizer
+    sampling: str | None = None  # default: as dtype; another one samples from a copy of the weights
+    reference: str | None = None  # default: as dtype
+
+    @field_validator("dtype", "sampling", "reference")
     @classmethod
-    def _dtype(cls, value: str) -> str:
+    def _dtype(cls, value: str | None) -> str | None:
         if value == "fp16":
             raise ValueError(
-                "is refused: it keeps 11 bits of a ratio whose clip range is a few hundredths, and needs loss "
-                "scaling that skips steps; use fp32"
+                "is refused: its range ends at 65504, so that gradients need a loss scale, and each overflow skips a "
+                "step, which changes the result; use bf16 or fp32"
             )
-        if value != "fp32":
-            raise ValueError("is not supported; use fp32")
+        if value not in ("fp32", "bf16", None):
+            raise ValueError("is not supported; use bf16 or fp32")
         return value
 
 
@@ -105,6 +109,7 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # never on norms and biases
     clip_grad: Annotated[float, Field(gt=0)] = 1.0  # of the global gradient norm
+    distributed: bool = False  # megatron's distributed optimizer: main weights and Adam's states sharded over data
 
 
 class RunConfig(Section):

@@ -14,7 +14,7 @@ from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.model.specs import TrunkModel, block_spec
 from grpo_mega.parallel.mesh import Mesh
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def transformer_config(
@@ -46,6 +46,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
         calculate_per_token_loss=True,

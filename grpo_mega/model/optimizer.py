@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from grpo_mega.config import OptimizerConfig
 from grpo_mega.model.specs import TrunkModel
 
 
-def wrap_for_training(model: TrunkModel) -> DistributedDataParallel:
-    """Contiguous gradient buffers in max(fp32, parameter dtype), summed over data-parallel ranks, divided once by R."""
+def wrap_for_training(model: TrunkModel, *, distributed: bool = False) -> DistributedDataParallel:
+    """Contiguous gradient buffers in max(fp32, parameter dtype), summed over data-parallel ranks, divided once by R.
+
+    distributed: for the distributed optimizer, each data-parallel rank gets the sum of its part of the buffer alone.
+    """
     in_fp32 = model.config.params_dtype.itemsize < 8  # megatron would keep fp64 gradients in fp32, too
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False, use_distributed_optimizer=distributed
+    )
     wrapped = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
     model.config.no_sync_func = wrapped.no_sync
     model.config.finalize_model_grads_func = finalize_model_grads
@@ -26,7 +33,8 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW with clipping by the global norm, and its schedule.
 
-    Weight decay leaves norms and biases alone. `scheduler.step(1)` is called once before the updates of each training
+    bf16 weights get float32 main weights, which AdamW moves and the weights are rounded from. With
+    `settings.distributed` main weights and Adam's states are sharded over the data-parallel ranks. Weight decay leaves norms and biases alone. `scheduler.step(1)` is called once before the updates of each training
     step, so step s (from 0) warms up with lr * (s + 1) / warmup_steps and no step runs at a learning rate of 0.
     """
     config = MegatronOptimizerConfig(
@@ -39,9 +47,14 @@ def build_optimizer(
         adam_eps=settings.eps,
         clip_grad=settings.clip_grad,
         params_dtype=model.module.config.params_dtype,
-        use_distributed_optimizer=False,
+        bf16=model.module.config.params_dtype == torch.bfloat16,
+        use_distributed_optimizer=settings.distributed,
     )
     optimizer = get_megatron_optimizer(config, [model], config_overrides=get_standard_config_overrides(config))
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            _mend_loading(part)
+            _allocate_states(part)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -58,3 +71,35 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _mend_loading(optimizer: DistributedOptimizer) -> None:
+    """Let a fully reshardable checkpoint fill torch's AdamW, whose `step` is a state of each parameter.
+
+    That format keeps the step with the parameter groups. megatron (distrib_optimizer.py, 0.16.1) hands all parameters
+    one step tensor, which AdamW would then count up once a parameter instead of once an update: each gets its own. Then
+    _set_main_param_and_optimizer_states asks the loaded tensors for the step, which they lack.
+    """
+    fill = optimizer._set_main_param_and_optimizer_states
+
+    def with_own_step(parameter, tensors):
+        group, place = optimizer.model_param_group_index_map[parameter]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][place]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {"step": state["step"], **tensors}
+        fill(parameter, tensors)
+
+    optimizer._set_main_param_and_optimizer_states = with_own_step
+
+
+def _allocate_states(optimizer: DistributedOptimizer) -> None:
+    """What torch's AdamW makes in its first step: without it megatron's state_dict (distrib_optimizer.py) cannot be
+    asked for before that step, when a checkpoint is loaded."""
+    for group in optimizer.optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

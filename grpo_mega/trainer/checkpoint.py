@@ -16,7 +16,8 @@ from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.trainer.policy import Policy
 
 _FILES = ("trainer.json", "common.pt", "metadata.json", ".metadata")  # beside the shards, *.distcp
-_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
+# the distributed optimizer's states as tensors of the parameters' shapes: the one form that any layout can load
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def latest(directory: Path) -> Path | None:

@@ -108,7 +108,7 @@ class Policy(Scorer):
         num_steps: int,
     ):
         super().__init__(model, vocab_size, mesh, temperature)
-        self._buffers = self._entry = wrap_for_training(model)
+        self._buffers = self._entry = wrap_for_training(model, distributed=settings.distributed)
         self.optimizer, self.scheduler = build_optimizer(self._buffers, settings, num_steps)
 
     def begin_step(self) -> None:
