@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
@@ -42,7 +44,8 @@ class Completion:
 
     `sampler_logprobs[i]` is ln q(token_ids[i] | what came before), q being the distribution sampled from.
     `near_boundary` counts draws whose uniform number fell within 1e-5 of a boundary of the cumulative distribution:
-    those that the rounding of another layout is most likely to decide otherwise.
+    those that the rounding of another layout is most likely to decide otherwise. Under top-k or top-p, kept[i] holds
+    the ids (int32, ascending) of the tokens that draw i was from; None: of all.
     """
 
     token_ids: tuple[int, ...]
@@ -50,6 +53,7 @@ class Completion:
     finish_reason: FinishReason
     text: str = ""
     near_boundary: int = 0
+    kept: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class Sample:
     `loss_mask[i]` is True where `token_ids[i]` is a completion token that is trained on. `weight` is w_t of the
     normalization (the same for every trained token of a sequence), not yet divided by the global denominator.
     `order` is the sample's place in the step's global order, which no layout changes; `group` is its prompt's. Samples
-    of one group begin with the same `prompt_tokens` tokens, none of them trained.
+    of one group begin with the same `prompt_tokens` tokens, none of them trained. `kept` is the completion's.
     """
 
     order: int
@@ -92,9 +96,26 @@ class Sample:
     sampler_logprobs: tuple[float, ...]
     advantage: float
     weight: float
+    kept: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The tokens that each of n rows may have under top-k or top-p: pairs (row, token), [K] int64 each, rows ascending.
+
+    A policy whose completions were drawn from such sets is the distribution renormalised over them, in every log-prob.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+
+    def slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The pairs of rows start..stop-1."""
+        low, high = torch.searchsorted(self.rows, torch.tensor([start, stop], device=self.rows.device)).tolist()
+        return self.rows[low:high], self.tokens[low:high]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +133,8 @@ class Microbatch:
     old_logprobs, ref_logprobs                      [T] float or None while not computed (None: not needed)
     cu_seqlens                                      [S + 1] int32
     prefixes                                        S ints: a segment's number, or -1
+    kept                                            None, or the tokens that each trained row was drawn from; its rows
+                                                    are counted among the trained ones (loss_weights != 0)
     """
 
     input_ids: Tensor
@@ -125,6 +148,7 @@ class Microbatch:
     prefixes: tuple[int, ...]
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    kept: Kept | None = None
 
     @property
     def rows(self) -> int:

@@ -60,9 +60,17 @@ class PrecisionConfig(Section):
 
 class SamplingConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    # draw among the k likeliest tokens (0: all), and of those among the fewest that hold this share of their mass. The
+    # policy is then the truncated distribution: every log-prob, ratio, KL and entropy is over the tokens that were kept
+    top_k: NonNegative = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_completion_tokens: Positive = 256
     stop_token_ids: Counts = ()  # besides the tokenizer's end of sequence (and end of turn)
     max_rows: Positive = 64  # completions decoded together on one data-parallel rank
+    # a layout of its own for sampling; default: training's. Another one samples from a copy of the weights, renewed
+    # after each update, and the world's other ranks become data ranks
+    tensor: Positive | None = None
+    pipeline: Positive | None = None
 
 
 class GrpoConfig(Section):

@@ -14,9 +14,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
-from grpo_mega.types import Microbatch, Sample
+from grpo_mega.types import Kept, Microbatch, Sample
 
 Bundle = list[Sample]
 
@@ -110,6 +111,7 @@ def pack(
     }
     starts = [0]
     prefixes: list[int] = []
+    kept: list[np.ndarray] = []
     for sample, begin, end, prefix in _segments(bundles):
         here = slice(starts[-1], starts[-1] + end - begin)
         tokens = torch.tensor(sample.token_ids[begin : end + 1])
@@ -120,6 +122,8 @@ def pack(
         values["loss_weights"][here][trained] = sample.weight * scale
         values["advantages"][here][trained] = sample.advantage
         values["sampler_logprobs"][here][trained] = logprobs[trained]
+        if sample.kept is not None and sample.weight * scale != 0:
+            kept += [sample.kept[t + 1 - sample.prompt_tokens] for t in range(begin, end) if sample.loss_mask[t + 1]]
         starts.append(here.stop)
         prefixes.append(prefix)
     return Microbatch(
@@ -127,7 +131,15 @@ def pack(
         **{name: tensor.to(dtype).to(device) for name, tensor in values.items()},
         cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
         prefixes=tuple(prefixes),
+        kept=_kept(kept, device) if any(sample.kept is not None for bundle in bundles for sample in bundle) else None,
     )
+
+
+def _kept(sets: Sequence[np.ndarray], device: torch.device | str) -> Kept:
+    """One set a trained row -> pairs."""
+    rows = torch.repeat_interleave(torch.arange(len(sets)), torch.tensor([len(s) for s in sets], dtype=torch.int64))
+    tokens = torch.from_numpy(np.concatenate([*sets, np.empty(0, np.int32)]).astype(np.int64))
+    return Kept(rows.to(device), tokens.to(device))
 
 
 def _segments(bundles: Sequence[Bundle]) -> Iterator[tuple[Sample, int, int, int]]:

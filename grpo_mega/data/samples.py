@@ -60,4 +60,5 @@ def _sample(
         sampler_logprobs=(0.0,) * n + completion.sampler_logprobs,
         advantage=advantage,
         weight=weight,
+        kept=completion.kept,
     )

@@ -74,17 +74,17 @@ def read_architecture(folder: str | Path) -> Architecture:
     return result
 
 
-def check_layout(arch: Architecture, tensor: int, pipeline: int) -> None:
-    """Raise ConfigError unless the model can be cut into `tensor` x `pipeline` parts."""
+def check_layout(arch: Architecture, tensor: int, pipeline: int, section: str = "parallel") -> None:
+    """Raise ConfigError unless the model can be cut into `tensor` x `pipeline` parts, which `section` asks for."""
     fits = [t for t in range(1, arch.num_heads + 1) if _cuts(arch, t)]
     if tensor not in fits:
         raise ConfigError(
-            f"parallel.tensor={tensor} does not divide the model's {arch.num_heads} attention heads, "
+            f"{section}.tensor={tensor} does not divide the model's {arch.num_heads} attention heads, "
             f"{arch.num_kv_heads} key-value heads and {arch.ffn_size} feed-forward channels; use tensor in {fits}"
         )
     if pipeline > arch.num_layers:
         raise ConfigError(
-            f"parallel.pipeline={pipeline} exceeds the model's {arch.num_layers} layers; use at most {arch.num_layers}"
+            f"{section}.pipeline={pipeline} exceeds the model's {arch.num_layers} layers; use at most {arch.num_layers}"
         )
 
 

@@ -79,8 +79,9 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     recompute: str = "none",
     trainable: bool = True,
+    loaded: bool = True,
 ) -> TrunkModel:
-    """This rank's part of the model with the weights of `arch.folder`, read slice by slice.
+    """This rank's part of the model with the weights of `arch.folder`, read slice by slice; not `loaded`: with none.
 
     Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
     """
@@ -101,7 +102,8 @@ def build_model(
     model.rope = Rope(frequencies, factor, mesh.device, dtype)
     model.to(mesh.device)
     place = bridge.Place.of(mesh, layers)
-    bridge.load(model, arch, place)
+    if loaded:
+        bridge.load(model, arch, place)
     _mark_tensor_parallel(model, arch, place)
     model.requires_grad_(trainable)
     return model

@@ -13,14 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from grpo_mega.model.attention import PackedRows
 from grpo_mega.model.specs import TrunkModel
-from grpo_mega.parallel import collectives, cpu, vocab
+from grpo_mega.parallel import collectives, cpu
+from grpo_mega.parallel.draw import draw
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.parallel.pipeline import PipelineLink
+from grpo_mega.parallel.truncation import Truncation
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,15 @@ class KVCache:
 
 @dataclass
 class RowGroup:
-    """Rows that step together: `[n, 3]` float64 (token, log-prob, near boundary) as drawn last, on the last stage."""
+    """Rows that step together.
+
+    On the last stage, of the last draw: drawn `[n, 3]` float64 (token, log-prob, near boundary); under truncation also
+    kept, n arrays of int32: the token ids on this tensor rank's slice that the row was drawn from.
+    """
 
     cache: KVCache
     drawn: Tensor | None = None
+    kept: list[np.ndarray] | None = None
 
 
 class Decoder:
@@ -139,7 +147,9 @@ class Decoder:
         mesh: Mesh,
         temperature: float,
         tick: Callable[[], None] = lambda: None,
+        truncation: Truncation | None = None,
     ):
+        self.truncation = truncation
         self.model, self.vocab_size, self.mesh, self.temperature = model, vocab_size, mesh, temperature
         self.tick = tick  # called once a forward
         self.link = PipelineLink(mesh)
@@ -157,7 +167,7 @@ class Decoder:
 
         prompts: token ids; prompt_of_row[g][r]: the prompt of row r in row group g; uniforms[g] [rows] in [0, 1).
         """
-        with cpu.suspended():
+        with cpu.suspended(), self.mesh.active():
             chunks, last_hidden = self._prefill(prompts)
             capacity = max(map(len, prompts)) + max_new_tokens
             groups = []
@@ -178,7 +188,7 @@ class Decoder:
     @torch.no_grad()
     def advance(self, group: RowGroup, tokens: Tensor, uniforms: Tensor) -> None:
         """Feed one token a live row and draw the next one.  tokens [n] int64; uniforms [n] float64."""
-        with cpu.suspended():
+        with cpu.suspended(), self.mesh.active():
             cache = group.cache
             cache.begin_step()
             positions = cache.lengths[: cache.count]
@@ -225,13 +235,19 @@ class Decoder:
         return collectives.gather_rows(hidden[:, 0], tensor.group) if sharded > 1 else hidden[:, 0]
 
     def _draw(self, group: RowGroup, hidden: Tensor, uniforms: Tensor) -> None:
-        tokens, logprobs, near = vocab.draw(
+        drawn = draw(
             hidden,
             self.model.output_weight(),
             uniforms,
             vocab_size=self.vocab_size,
             group=self.mesh.tensor.group,
             temperature=self.temperature,
+            truncation=self.truncation,
         )
-        group.drawn = torch.stack((tokens.double(), logprobs.double(), near.double()), dim=1)
+        columns = drawn.tokens, drawn.logprobs, drawn.near_boundary
+        group.drawn = torch.stack([column.double() for column in columns], dim=1)
+        if drawn.kept is not None:
+            row, token = (x.cpu().numpy() for x in drawn.kept)
+            ends = np.searchsorted(row, np.arange(1, len(hidden)))
+            group.kept = np.split(token.astype(np.int32), ends)
         self.link.publish(group.drawn)

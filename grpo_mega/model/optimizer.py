@@ -33,9 +33,10 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW with clipping by the global norm, and its schedule.
 
-    bf16 weights get float32 main weights, which AdamW moves and the weights are rounded from. With
-    `settings.distributed` main weights and Adam's states are sharded over the data-parallel ranks. Weight decay leaves norms and biases alone. `scheduler.step(1)` is called once before the updates of each training
-    step, so step s (from 0) warms up with lr * (s + 1) / warmup_steps and no step runs at a learning rate of 0.
+    bf16 weights get float32 main weights, which AdamW moves and which the weights are rounded from. With
+    `settings.distributed` main weights and Adam's states are sharded over the data-parallel ranks. Weight decay leaves
+    norms and biases alone. `scheduler.step(1)` is called once before the updates of each training step, so step s (from
+    0) warms up with lr * (s + 1) / warmup_steps and no step runs at a learning rate of 0.
     """
     config = MegatronOptimizerConfig(
         optimizer="adam",

@@ -28,6 +28,13 @@ def sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor
 
 
+def broadcast_(tensor: Tensor, source: int, group: ProcessGroup | None) -> Tensor:
+    """The tensor of the group's rank `source`, in place on the others; returns `tensor`."""
+    if size(group) > 1:
+        dist.broadcast(tensor, group=group, group_src=source)
+    return tensor
+
+
 def gather(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     """`[size, *shape]`: every rank's tensor, in rank order; all must have one shape."""
     if size(group) == 1:

@@ -6,8 +6,11 @@ Megatron-core keeps its groups in a global (`parallel_state`); this module is th
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +53,7 @@ class Mesh:
     data: Axis
     replica: Axis
     tokens: Axis
+    _megatron: Mapping[str, Any] = field(repr=False, compare=False)  # parallel_state's globals under this layout
 
     @property
     def is_writer(self) -> bool:
@@ -61,17 +65,35 @@ class Mesh:
         """The one rank of each model replica that scores and reports its completions."""
         return self.replica.first
 
+    def share(self, count: int) -> list[int]:
+        """Which of a step's `count` prompts, by place, belong to this data-parallel rank: every size-th, so that each
+        minibatch, a run of places, spreads over all ranks."""
+        return list(range(self.data.rank, count, self.data.size))
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let megatron's modules see this layout's groups, where the ranks are cut in more than one way.
+
+        Its layers, mappings and attention read parallel_state when they run (0.16.1), whatever groups they were given.
+        """
+        before = _globals()
+        _set_globals(self._megatron)
+        try:
+            yield
+        finally:
+            _set_globals(before)
+
 
 def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_world(world_size: int, tensor: int, pipeline: int) -> None:
-    """Raise ConfigError unless the ranks divide into whole model replicas."""
+def check_world(world_size: int, tensor: int, pipeline: int, section: str = "parallel") -> None:
+    """Raise ConfigError unless the ranks divide into whole model replicas of the recipe section's layout."""
     replica = tensor * pipeline
     if world_size % replica:
         raise ConfigError(
-            f"{world_size} ranks do not divide into replicas of parallel.tensor={tensor} x parallel.pipeline="
+            f"{world_size} ranks do not divide into replicas of {section}.tensor={tensor} x {section}.pipeline="
             f"{pipeline} = {replica} ranks; start {replica} ranks or a multiple, or change the layout"
         )
 
@@ -84,8 +106,6 @@ def initialize(tensor: int = 1, pipeline: int = 1, *, timeout_s: float = 1800.0)
     world_size = world_size_from_environment()
     check_world(world_size, tensor, pipeline)
     device = devices.prepare()
-    from megatron.core import parallel_state as mpu
-
     if not dist.is_initialized():
         limit = timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
@@ -93,19 +113,53 @@ def initialize(tensor: int = 1, pipeline: int = 1, *, timeout_s: float = 1800.0)
         else:
             store = dist.HashStore()
             dist.init_process_group(devices.backend(device), store=store, rank=0, world_size=1, timeout=limit)
-    mpu.initialize_model_parallel(tensor, pipeline)
+    mesh = _cut(tensor, pipeline, device)
     _seed_megatron()
-    data, replica = mpu.get_data_parallel_group(), mpu.get_model_parallel_group()
+    return mesh
+
+
+def another_layout(mesh: Mesh, tensor: int, pipeline: int) -> Mesh:
+    """The same ranks cut in another way, beside `mesh`, which stays the one that megatron sees (see `Mesh.active`).
+
+    Every rank must call. Raises ConfigError, before any collective, if the world does not divide.
+    """
+    check_world(mesh.world.size, tensor, pipeline)
+    before = _globals()
+    _set_globals({name: {} if isinstance(value, dict) else None for name, value in before.items()})
+    try:
+        return _cut(tensor, pipeline, mesh.device)
+    finally:
+        _set_globals(before)
+
+
+def _cut(tensor: int, pipeline: int, device: torch.device) -> Mesh:
+    from megatron.core import parallel_state as mpu
+
+    mpu.initialize_model_parallel(tensor, pipeline)
     return Mesh(
         device=device,
         rank=dist.get_rank(),
         world=_axis(dist.group.WORLD),
         tensor=_axis(mpu.get_tensor_model_parallel_group()),
         pipeline=_axis(mpu.get_pipeline_model_parallel_group()),
-        data=_axis(data),
-        replica=_axis(replica),
-        tokens=_axis(_twin_of_pipeline(tensor, pipeline)),
+        data=_axis(mpu.get_data_parallel_group()),
+        replica=_axis(mpu.get_model_parallel_group()),
+        tokens=_axis(_twin_of_pipeline()),
+        _megatron=_globals(),
     )
+
+
+def _globals() -> dict[str, Any]:
+    """parallel_state's groups and sizes: its private names in capitals, all of them None before it is initialised."""
+    from megatron.core import parallel_state as mpu
+
+    return {name: value for name, value in vars(mpu).items() if name.startswith("_") and name.isupper()}
+
+
+def _set_globals(values: Mapping[str, Any]) -> None:
+    from megatron.core import parallel_state as mpu
+
+    vars(mpu).update(values)
 
 
 def shutdown() -> None:
@@ -123,7 +177,7 @@ def _axis(group: ProcessGroup | None) -> Axis:
     return Axis(group, dist.get_rank(group), dist.get_world_size(group))
 
 
-def _twin_of_pipeline(tensor: int, pipeline: int) -> ProcessGroup:
+def _twin_of_pipeline() -> ProcessGroup:
     """A second communicator over each pipeline. Every rank creates every group, in the same order."""
     from megatron.core import parallel_state as mpu
 

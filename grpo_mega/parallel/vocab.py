@@ -1,4 +1,4 @@
-"""Log-probs, entropies and draws from a vocabulary that is cut over ranks: full logits never exist anywhere.
+"""Log-probs and entropies from a vocabulary that is cut over ranks: full logits never exist anywhere.
 
 Rank r holds rows `[r * P, (r + 1) * P)` of the output layer, P = padded vocabulary / ranks. Per row of hidden states
 each rank reduces its own logits to four numbers
@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from grpo_mega.parallel import collectives
+from grpo_mega.parallel import collectives, products
+from grpo_mega.types import Kept
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at a time on one rank: 128 MiB in float32
 NEAR_BOUNDARY = 1e-5  # a uniform number this close to a boundary of the CDF could have been decided by rounding
+EXCLUDED = -1e30  # logit of a token that is not kept: exp gives 0, and unlike -inf it gives 0 times 0, not nan
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,13 @@ def logprobs_and_entropies(
     vocab_size: int,
     group: ProcessGroup | None = None,
     temperature: float = 1.0,
+    kept: Kept | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """ln p(targets | hidden) and the entropy of p, in nats; differentiable in `hidden` and `weight`.
 
     hidden [n, H], replicated over the group; weight [P, H], this rank's slice; targets [n] int64, global token ids.
+    kept: the tokens that p is over, all others having probability 0 (see `truncation`); None: the whole vocabulary.
     Returns two `[n]` tensors of dtype max(float32, hidden.dtype), the same on every rank. The gradient of `hidden` is
     summed over the group inside. Raises ValueError on mismatched shapes or a temperature that is not positive.
     """
@@ -69,14 +73,26 @@ def logprobs_and_entropies(
         raise ValueError(f"temperature={temperature} must be positive")
     part = VocabSlice.of(weight, vocab_size, group)
     rows = chunk_rows or max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
-    return _LogProbs.apply(hidden, weight, targets, part, group, temperature, rows)
+    return _LogProbs.apply(hidden, weight, targets, part, group, temperature, kept, rows)
 
 
-def _logits(hidden: Tensor, weight: Tensor, part: VocabSlice, temperature: float) -> Tensor:
+def local_logits(hidden: Tensor, weight: Tensor, part: VocabSlice, temperature: float) -> Tensor:
     """[c, valid] in max(float32, dtype): this rank's logits of one chunk, real vocabulary only."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = (hidden @ weight[: part.valid].t()).to(dtype)
+    logits = products.rows_by_rows(hidden, weight[: part.valid]).to(dtype)
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _kept_logits(hidden, weight, part: VocabSlice, temperature: float, kept: Kept | None, rows: slice) -> Tensor:
+    """`local_logits` of the given rows, those of tokens that are not kept being EXCLUDED."""
+    logits = local_logits(hidden[rows], weight, part, temperature)
+    if kept is None:
+        return logits
+    row, token = kept.slice(rows.start, rows.start + logits.shape[0])
+    mine = (token >= part.start) & (token < part.start + part.valid)
+    excluded = torch.ones_like(logits, dtype=torch.bool)
+    excluded[row[mine] - rows.start, token[mine] - part.start] = False
+    return logits.masked_fill_(excluded, EXCLUDED)
 
 
 def _row_statistics(logits: Tensor, targets: Tensor, part: VocabSlice) -> Tensor:
@@ -108,35 +124,35 @@ def _merge(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, part, group, temperature, chunk_rows):
+    def forward(ctx, hidden, weight, targets, part, group, temperature, kept, chunk_rows):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         log_z, logprobs, entropies = (torch.empty(len(targets), dtype=dtype, device=hidden.device) for _ in range(3))
         for start in range(0, len(targets), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = _logits(hidden[rows], weight, part, temperature)
+            logits = _kept_logits(hidden, weight, part, temperature, kept, rows)
             stats = collectives.gather(_row_statistics(logits, targets[rows], part), group)
             log_z[rows], logprobs[rows], entropies[rows] = _merge(stats)
         ctx.save_for_backward(hidden, weight, targets, log_z, entropies)
-        ctx.settings = (part, group, temperature, chunk_rows)
+        ctx.settings = (part, group, temperature, kept, chunk_rows)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropies):
         hidden, weight, targets, log_z, entropies = ctx.saved_tensors
-        part, group, temperature, chunk_rows = ctx.settings
+        part, group, temperature, kept, chunk_rows = ctx.settings
         grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype)
         live = weight[: part.valid]
         for start in range(0, len(targets), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            dlogits = _logits(hidden[rows], weight, part, temperature)
+            dlogits = _kept_logits(hidden, weight, part, temperature, kept, rows)
             _logits_gradient(dlogits, targets[rows], log_z[rows], entropies[rows], grad_logprobs[rows],
                              grad_entropies[rows], part)  # fmt: skip
-            dlogits = dlogits.div_(temperature).to(weight.dtype)
-            grad_hidden[rows] = dlogits @ live
-            grad_weight[: part.valid] += dlogits.t() @ hidden[rows]
+            dlogits = dlogits.div_(temperature)
+            grad_hidden[rows] = products.through_rows(dlogits, live)
+            grad_weight[: part.valid] += products.through_rows(dlogits.t(), hidden[rows])
         collectives.sum_(grad_hidden, group)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), *[None] * 6
 
 
 def _logits_gradient(logits, targets, log_z, entropies, grad_logprobs, grad_entropies, part: VocabSlice) -> None:
@@ -149,54 +165,3 @@ def _logits_gradient(logits, targets, log_z, entropies, grad_logprobs, grad_entr
     local = targets - part.start
     mine = ((local >= 0) & (local < part.valid)).nonzero().squeeze(1)
     logp[mine, local[mine]] += grad_logprobs[mine]
-
-
-@torch.no_grad()
-def draw(
-    hidden: Tensor,
-    weight: Tensor,
-    uniforms: Tensor,
-    *,
-    vocab_size: int,
-    group: ProcessGroup | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row by the inverse CDF of softmax(hidden @ weight.T / temperature), token ids in ascending order.
-
-    hidden [n, H], replicated; weight [P, H], this rank's slice; uniforms [n] float64 in [0, 1).
-    Returns tokens [n] int64, their log-probs [n] (nats, the rows' dtype) and near_boundary [n] bool, the same on every
-    rank. Cumulative sums run in float64; per row two numbers a rank cross in one all-gather and three in one sum, so
-    that another cut of the vocabulary can only change a draw that is near a boundary.
-    """
-    part = VocabSlice.of(weight, vocab_size, group)
-    logits = _logits(hidden, weight, part, temperature)
-    count = logits.shape[0]
-    m = logits.amax(dim=1) if part.valid else logits.new_full((count,), -torch.inf)
-    p = torch.exp(logits - m.unsqueeze(1))
-    cdf = torch.cumsum(p, dim=1, dtype=torch.float64)
-    mass = cdf[:, -1] if part.valid else cdf.new_zeros(count)
-    stats = collectives.gather(torch.stack((m.double(), mass), dim=1), group)  # [ranks, n, 2]
-    top = stats[..., 0].amax(dim=0)
-    masses = stats[..., 1] * torch.exp(stats[..., 0] - top)
-    ends = torch.cumsum(masses, dim=0)
-    total = ends[-1]
-    threshold = uniforms * total
-    me = collectives.rank(group)
-    # the owner: the first rank whose end of mass lies above the threshold
-    owner = (ends <= threshold).sum(dim=0).clamp_(max=len(ends) - 1)
-    begin = ends[me] - masses[me]
-    scale = torch.exp(m.double() - top)
-    found = torch.zeros(count, 3, dtype=torch.float64, device=logits.device)  # token, logit, near
-    mine = (owner == me).nonzero().squeeze(1)
-    if mine.numel():
-        wanted = ((threshold - begin)[mine] / scale[mine]).clamp_(min=0.0).unsqueeze(1)
-        place = torch.searchsorted(cdf[mine], wanted, right=True).clamp_(max=part.valid - 1)
-        upper = cdf[mine].gather(1, place)
-        lower = upper - p[mine].gather(1, place)
-        width = (NEAR_BOUNDARY * total[mine] / scale[mine]).unsqueeze(1)
-        near = (wanted - lower < width) | (upper - wanted < width)
-        logit = logits[mine].gather(1, place).double()
-        found[mine] = torch.cat((place + part.start, logit, near), dim=1).double()
-    collectives.sum_(found, group)
-    logprobs = (found[:, 1] - (top + torch.log(total))).to(logits.dtype)
-    return found[:, 0].long(), logprobs, found[:, 2] > 0

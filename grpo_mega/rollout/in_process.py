@@ -1,14 +1,16 @@
-"""Sampling on the training weights, in the training processes: nothing is copied, nothing can go stale."""
+"""Sampling in the training processes: on the training weights themselves, or on a copy under a layout of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from grpo_mega.model.decode import Decoder, RowGroup
+from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.rollout.noise import uniforms
 from grpo_mega.types import Completion, Prompt
@@ -22,6 +24,7 @@ class _Row:
     noise: Tensor
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    kept: list[np.ndarray] = field(default_factory=list)  # this rank's part of what each token was drawn from
     near: int = 0
     stopped: bool = False
 
@@ -38,7 +41,8 @@ class InProcessSampler:
     """Samples with the policy's own modules under any tensor and pipeline layout.
 
     Rows are decoded in waves of at most `max_rows`, each cut into as many row groups as there are pipeline stages.
-    A finished row leaves its group at once. `decode` turns token ids into text.
+    A finished row leaves its group at once. `decode` turns token ids into text. `routes`: the decoder's mesh is not the
+    training mesh, so its data ranks share the prompts their own way and every rank gets back what it asked for.
     """
 
     def __init__(
@@ -51,28 +55,41 @@ class InProcessSampler:
         stop_token_ids: Sequence[int],
         max_rows: int,
         decode: Callable[[Sequence[int]], str],
+        routes: bool = False,
     ):
         self.make_decoder, self.mesh, self.seed = make_decoder, mesh, seed
         self.max_tokens, self.stop, self.max_rows = max_completion_tokens, frozenset(stop_token_ids), max_rows
-        self.decode = decode
+        self.decode, self.routes = decode, routes
 
-    def sample(self, prompts: Sequence[Prompt], group_size: int, step: int) -> list[list[Completion]]:
-        """`group_size` completions a prompt, in order; the same on every rank of this replica."""
+    def sample(
+        self, prompts: Sequence[Prompt], mine: Sequence[int], group_size: int, step: int
+    ) -> list[list[Completion]]:
+        """`group_size` completions of each of prompts[i], i in `mine`; see `Sampler`."""
+        if not self.routes:
+            return self._sample([prompts[i] for i in mine], group_size, step)
+        places = self.mesh.share(len(prompts))
+        sampled = dict(zip(places, self._sample([prompts[i] for i in places], group_size, step), strict=True))
+        for part in collectives.gather_objects(sampled, self.mesh.data.group):
+            sampled |= part
+        return [sampled[i] for i in mine]
+
+    def _sample(self, prompts: Sequence[Prompt], group_size: int, step: int) -> list[list[Completion]]:
         decoder = self.make_decoder()
         wave = max(1, self.max_rows // group_size)
-        result = []
+        rows: list[_Row] = []
         for start in range(0, len(prompts), wave):
             part = prompts[start : start + wave]
-            rows = [
+            more = [
                 _Row(n, uniforms(self.seed, step, prompt.index, c, self.max_tokens))
                 for n, prompt in enumerate(part)
                 for c in range(group_size)
             ]
-            self._run(decoder, part, rows)
-            done = [self._completion(row) for row in rows]
-            result += [done[n * group_size : (n + 1) * group_size] for n in range(len(part))]
+            self._run(decoder, part, more)
+            rows += more
         decoder.finish()
-        return result
+        kept = self._kept(rows) if decoder.truncation is not None else [None] * len(rows)
+        done = [self._completion(row, sets) for row, sets in zip(rows, kept, strict=True)]
+        return [done[n : n + group_size] for n in range(0, len(done), group_size)]
 
     def _run(self, decoder: Decoder, prompts: Sequence[Prompt], rows: list[_Row]) -> None:
         count = min(self.mesh.pipeline.size, len(rows))
@@ -89,11 +106,14 @@ class InProcessSampler:
 
     def _step(self, decoder: Decoder, flight: _Flight) -> bool:
         """Take in what was drawn, let finished rows go, feed the others; False when none is left."""
-        for row, (token, logprob, near) in zip(flight.rows, decoder.drawn(flight.group).tolist(), strict=True):
+        drawn = decoder.drawn(flight.group).tolist()
+        for n, (row, (token, logprob, near)) in enumerate(zip(flight.rows, drawn, strict=True)):
             row.token_ids.append(int(token))
             row.logprobs.append(logprob)
             row.near += int(near)
             row.stopped = int(token) in self.stop
+            if flight.group.kept is not None:
+                row.kept.append(flight.group.kept[n])
         going = [n for n, row in enumerate(flight.rows) if not row.stopped and len(row.token_ids) < self.max_tokens]
         if len(going) < len(flight.rows):
             order = flight.group.cache.keep(going)
@@ -106,11 +126,21 @@ class InProcessSampler:
         decoder.advance(flight.group, tokens, noise)
         return True
 
-    def _completion(self, row: _Row) -> Completion:
+    def _kept(self, rows: Sequence[_Row]) -> list[tuple[np.ndarray, ...]]:
+        """What each token of each row was drawn from, put together from the slices of the last stage's ranks."""
+        shares = collectives.gather_objects([row.kept for row in rows], self.mesh.replica.group)
+        parts = [share for share in shares if any(share)]  # earlier stages have seen nothing
+        return [
+            tuple(np.concatenate(slices) for slices in zip(*(part[n] for part in parts), strict=True))
+            for n in range(len(rows))
+        ]
+
+    def _completion(self, row: _Row, kept: tuple[np.ndarray, ...] | None) -> Completion:
         return Completion(
             token_ids=tuple(row.token_ids),
             sampler_logprobs=tuple(row.logprobs),
             finish_reason="stop" if row.stopped else "length",
             text=self.decode(row.token_ids),
             near_boundary=row.near,
+            kept=kept,
         )

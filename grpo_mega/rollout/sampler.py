@@ -9,6 +9,11 @@ from grpo_mega.types import Completion, Prompt
 
 
 class Sampler(Protocol):
-    def sample(self, prompts: Sequence[Prompt], group_size: int, step: int) -> list[list[Completion]]:
-        """`group_size` completions of each of this data-parallel rank's prompts, alike on every rank of a replica."""
+    def sample(
+        self, prompts: Sequence[Prompt], mine: Sequence[int], group_size: int, step: int
+    ) -> list[list[Completion]]:
+        """`group_size` completions of each of prompts[i], i in `mine`, alike on every rank of a training replica.
+
+        prompts: the step's, alike on all ranks. Which rank samples which of them is the sampler's business.
+        """
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo_mega.config import Recipe
+from grpo_mega.config import ParallelConfig, Recipe
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture, check_layout, read_architecture
 from grpo_mega.model.layout import layers_per_stage
@@ -15,6 +15,9 @@ def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
     check_layout(arch, recipe.parallel.tensor, recipe.parallel.pipeline)
     layers_per_stage(arch, recipe.parallel.pipeline, recipe.parallel.pipeline_layout)
     check_world(world_size, recipe.parallel.tensor, recipe.parallel.pipeline)
+    sampling = sampling_layout(recipe)
+    check_layout(arch, sampling.tensor, sampling.pipeline, section="sampling")
+    check_world(world_size, sampling.tensor, sampling.pipeline, section="sampling")
     if recipe.grpo.kl_coef > 0 and recipe.reference.path is not None:
         other = read_architecture(recipe.reference.path)
         check_layout(other, recipe.parallel.tensor, recipe.parallel.pipeline)
@@ -24,3 +27,12 @@ def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
                 f"{arch.vocab_size}; a reference must share the policy's tokenizer"
             )
     return arch
+
+
+def sampling_layout(recipe: Recipe) -> ParallelConfig:
+    """The layout that completions are sampled under: training's, but for what `sampling` says of its own."""
+    training, own = recipe.parallel, recipe.sampling
+    tensor, pipeline = own.tensor or training.tensor, own.pipeline or training.pipeline
+    if (tensor, pipeline) == (training.tensor, training.pipeline):
+        return training
+    return ParallelConfig(tensor=tensor, pipeline=pipeline)

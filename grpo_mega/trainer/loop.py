@@ -13,7 +13,7 @@ from grpo_mega.rewards.score import score_group
 from grpo_mega.trainer import checkpoint
 from grpo_mega.trainer.batches import minibatches, with_logprobs
 from grpo_mega.trainer.records import group_metrics
-from grpo_mega.trainer.setup import Run, share
+from grpo_mega.trainer.setup import Run
 from grpo_mega.types import Completion, Group, Mean, Metrics, Microbatch, Prompt, add_metrics
 
 EVALUATION_COMPLETIONS = 4
@@ -26,9 +26,9 @@ def train(run: Run, start: int = 0) -> None:
     for step in range(start, steps):
         progress.begin(f"step {step + 1:>{len(str(steps))}}/{steps}")
         prompts = run.inputs.prompts.next(recipe.batch.prompts_per_step)
-        mine = share(prompts, mesh)
+        mine = mesh.share(len(prompts))
         with progress.phase("sample"):
-            completions = run.sampler.sample([prompts[i] for i in mine], group_size, step)
+            completions = run.sampler.sample(prompts, mine, group_size, step)
         with progress.phase("reward", shown=False):
             groups = score(run, [prompts[i] for i in mine], completions)
             everything = record_rollouts(run, step, groups)
@@ -113,10 +113,10 @@ def save(run: Run, steps_done: int) -> None:
 def evaluate(run: Run, steps_done: int) -> tuple[float, list[Group]]:
     """Mean reward on the held-out prompts, at the training temperature, EVALUATION_COMPLETIONS each; and the groups."""
     prompts = run.inputs.heldout
-    mine = [prompts[i] for i in share(prompts, run.mesh)]
+    mine = run.mesh.share(len(prompts))
     run.progress.begin(f"held-out accuracy after {steps_done} steps")
-    completions = run.sampler.sample(mine, EVALUATION_COMPLETIONS, steps_done)
-    shares = collectives.gather_objects(score(run, mine, completions), run.mesh.data.group)
+    completions = run.sampler.sample(prompts, mine, EVALUATION_COMPLETIONS, steps_done)
+    shares = collectives.gather_objects(score(run, [prompts[i] for i in mine], completions), run.mesh.data.group)
     groups = sorted((g for share in shares for g in share), key=lambda group: -group.prompt.index)
     reward = group_metrics(groups)["reward"].value()
     run.progress.end(f": {reward:.3f} ({len(groups)} problems x {EVALUATION_COMPLETIONS} completions)")

@@ -92,6 +92,7 @@ class Scorer:
             vocab_size=self.vocab_size,
             group=group,
             temperature=self.temperature,
+            kept=batch.kept,
         )
 
 

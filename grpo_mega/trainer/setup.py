@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,14 +15,17 @@ from grpo_mega.data.tokenizer import ChatTokenizer, load_tokenizer
 from grpo_mega.errors import ConfigError, DataError
 from grpo_mega.model.architecture import Architecture, read_architecture
 from grpo_mega.model.build import DTYPES, build_model
+from grpo_mega.model.copy import WeightCopy
 from grpo_mega.model.decode import Decoder
 from grpo_mega.model.layout import layers_per_stage
+from grpo_mega.model.specs import TrunkModel
 from grpo_mega.objective.grpo import grpo_loss
-from grpo_mega.parallel.mesh import Mesh
+from grpo_mega.parallel.mesh import Mesh, another_layout
+from grpo_mega.parallel.truncation import Truncation
 from grpo_mega.rewards.resolve import RewardFunction, resolve_reward
 from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
-from grpo_mega.trainer.check import check_cheaply
+from grpo_mega.trainer.check import check_cheaply, sampling_layout
 from grpo_mega.trainer.policy import Objective, Policy, Scorer
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.records import RunDirectory
@@ -89,31 +92,51 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
 
 def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) -> Run:
     """Load policy and (with a KL term) reference onto the mesh, and put the sampler on the policy's weights."""
-    dtype = DTYPES[recipe.precision.dtype]
+    precision = recipe.precision
+    dtype, reference_dtype = DTYPES[precision.dtype], DTYPES[precision.reference or precision.dtype]
     temperature = recipe.sampling.temperature
-    build = partial(build_model, mesh=mesh, parallel=recipe.parallel, dtype=dtype)
-    model = build(inputs.arch, recompute=recipe.model.recompute)
+    build = partial(build_model, mesh=mesh, parallel=recipe.parallel)
+    model = build(inputs.arch, dtype=dtype, recompute=recipe.model.recompute)
     vocab_size = inputs.arch.vocab_size
     policy = Policy(model, vocab_size, mesh, temperature, recipe.optimizer, recipe.run.num_steps)
     reference = None
     if recipe.grpo.kl_coef > 0:
-        frozen = build(read_architecture(recipe.reference_path), trainable=False)
+        frozen = build(read_architecture(recipe.reference_path), dtype=reference_dtype, trainable=False)
         reference = Scorer(frozen, vocab_size, mesh, temperature)
 
-    def decoder() -> Decoder:
-        model.eval()
-        return Decoder(model, vocab_size, mesh, temperature, progress.tick)
-
-    sampler = InProcessSampler(
-        decoder,
-        mesh,
-        seed=recipe.run.seed,
-        max_completion_tokens=recipe.sampling.max_completion_tokens,
-        stop_token_ids=(*inputs.tokenizer.stop_token_ids, *recipe.sampling.stop_token_ids),
-        max_rows=recipe.sampling.max_rows,
-        decode=inputs.tokenizer.decode,
-    )
+    sampler = build_sampler(recipe, inputs, mesh, model, progress)
     return Run(recipe, inputs, mesh, policy, reference, sampler, objective_of(recipe), progress)
+
+
+def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, model: TrunkModel, progress: Progress) -> Sampler:
+    """A sampler on the training weights, or on a copy where sampling has a layout or a dtype of its own."""
+    rule, current = recipe.sampling, mesh
+    layout = sampling_layout(recipe)
+    dtype = recipe.precision.sampling or recipe.precision.dtype
+    weights: Callable[[], TrunkModel] = model.eval
+    if (layout.tensor, layout.pipeline, dtype) != (mesh.tensor.size, mesh.pipeline.size, recipe.precision.dtype):
+        current = another_layout(mesh, layout.tensor, layout.pipeline)
+        stages = layers_per_stage(inputs.arch, layout.pipeline, layout.pipeline_layout)
+        with current.active():
+            target = build_model(
+                inputs.arch, current, layout, dtype=DTYPES[dtype], trainable=False, loaded=False
+            ).eval()
+        weights = WeightCopy(inputs.arch, (model, mesh, inputs.layers), (target, current, stages)).refresh
+    truncation = Truncation.of(rule.top_k, rule.top_p)
+
+    def decoder() -> Decoder:
+        return Decoder(weights(), inputs.arch.vocab_size, current, rule.temperature, progress.tick, truncation)
+
+    return InProcessSampler(
+        decoder,
+        current,
+        seed=recipe.run.seed,
+        max_completion_tokens=rule.max_completion_tokens,
+        stop_token_ids=(*inputs.tokenizer.stop_token_ids, *rule.stop_token_ids),
+        max_rows=rule.max_rows,
+        decode=inputs.tokenizer.decode,
+        routes=current is not mesh,
+    )
 
 
 def objective_of(recipe: Recipe) -> Objective:
@@ -135,9 +158,3 @@ def objective_of(recipe: Recipe) -> Objective:
         )
 
     return objective
-
-
-def share(items: Sequence, mesh: Mesh) -> list[int]:
-    """Which of the step's items (by position) belong to this data-parallel rank: every size-th, so that each minibatch,
-    a run of positions, spreads over all ranks."""
-    return list(range(mesh.data.rank, len(items), mesh.data.size))

@@ -34,15 +34,27 @@ class Case:
     temperature: float = 1.0
     max_rows: int = 100
     order: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the prompts
+    top_k: int = 0
+    top_p: float = 1.0
+    own: tuple[int, int] | None = None  # tensor and pipeline ranks of a copy to sample from
 
     @property
     def world(self) -> int:
         return self.tensor * self.pipeline * self.data
 
+    @property
+    def what(self) -> Case:
+        """The case without its layout: what one process would do."""
+        return Case(self.model, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
+
+K, P, BOTH = {"top_k": 5}, {"top_p": 0.8, "temperature": 0.7}, {"top_k": 20, "top_p": 0.6}
 CASES = (
     Case(),
     Case(temperature=0.7),
+    Case(**K),
+    Case(**P),
+    Case(**BOTH),
     Case("few"),
     Case(max_rows=1, order=(4, 2, 0, 1, 3)),  # one prompt a wave
     Case(max_rows=7, order=(3, 0, 4, 1, 2)),  # two, two and one
@@ -58,6 +70,19 @@ CASES = (
     Case(tensor=2, pipeline=2),
     Case(tensor=2, pipeline=2, sequence=True, max_rows=7),
     Case(pipeline=2, data=2),
+    Case(tensor=2, **K),
+    Case(tensor=3, **P),
+    Case(pipeline=2, **BOTH),
+    Case(tensor=2, pipeline=2, max_rows=7, **BOTH),
+    Case(pipeline=2, own=(1, 1)),
+    Case(tensor=2, own=(1, 1), **P),
+    Case(pipeline=2, own=(2, 1), max_rows=7, order=(3, 0, 4, 1, 2)),
+    Case(data=2, own=(2, 1)),
+    Case(pipeline=3, stages=(1, 3, 1), own=(1, 1), temperature=0.7),
+    Case(tensor=2, pipeline=2, own=(1, 1)),
+    Case("few", tensor=2, data=2, own=(4, 1)),
+    Case(tensor=2, sequence=True, data=2, own=(1, 2), **BOTH),
+    Case(data=4, own=(2, 2)),
 )
 
 
@@ -83,9 +108,12 @@ def sample(folder, case, dtype):
     from grpo_mega.model.architecture import read_architecture
     from grpo_mega.model.build import build_model
     from grpo_mega.model.decode import Decoder
+    from grpo_mega.model.copy import WeightCopy
+    from grpo_mega.model.layout import layers_per_stage
+    from grpo_mega.parallel.mesh import another_layout
+    from grpo_mega.parallel.truncation import Truncation
     from grpo_mega.rollout.in_process import InProcessSampler
     from grpo_mega.trainer.policy import Scorer
-    from grpo_mega.trainer.setup import share
 
     parallel_state.destroy_model_parallel()  # of the case before
     mesh = initialize(case.tensor, case.pipeline)
@@ -94,20 +122,31 @@ def sample(folder, case, dtype):
         tensor=case.tensor, pipeline=case.pipeline, sequence=case.sequence, pipeline_layout=case.stages
     )
     model = build_model(arch, mesh, parallel, dtype=dtype).eval()
+    current, weights = mesh, lambda: model
+    if case.own:
+        layout = ParallelConfig(tensor=case.own[0], pipeline=case.own[1])
+        current = another_layout(mesh, *case.own)
+        with current.active():
+            copy = build_model(arch, current, layout, dtype=dtype, loaded=False).eval()
+        stages = [layers_per_stage(arch, p.pipeline, p.pipeline_layout) for p in (parallel, layout)]
+        weights = WeightCopy(arch, (model, mesh, stages[0]), (copy, current, stages[1])).refresh
     rows = []
     counter = model.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].numel()))
+    truncation = Truncation.of(case.top_k, case.top_p)
     sampler = InProcessSampler(
-        lambda: Decoder(model, arch.vocab_size, mesh, case.temperature),
-        mesh,
+        lambda: Decoder(weights(), arch.vocab_size, current, case.temperature, truncation=truncation),
+        current,
         seed=SEED,
         max_completion_tokens=LONGEST,
         stop_token_ids=STOP,
         max_rows=case.max_rows,
         decode=lambda ids: " ".join(map(str, ids)),
+        routes=case.own is not None,
     )
     everything = [prompts()[place] for place in case.order]
-    mine = [everything[place] for place in share(everything, mesh)]
-    groups = sampler.sample(mine, GROUP, STEP)
+    places = mesh.share(len(everything))
+    groups = sampler.sample(everything, places, GROUP, STEP)
+    mine = [everything[place] for place in places]
     counter.remove()
     batches = [
         pack([bundle(*pair)], 64, scale=1.0, dtype=dtype, device="cpu") for pair in zip(mine, groups, strict=True)
@@ -128,6 +167,7 @@ def bundle(prompt, group):
         Sample(
             order=i, group=0, prompt_tokens=n, token_ids=prompt.token_ids + c.token_ids, advantage=1.0, weight=1.0,
             loss_mask=(False,) * n + (True,) * len(c.token_ids), sampler_logprobs=(0.0,) * n + c.sampler_logprobs,
+            kept=c.kept,
         )
         for i, c in enumerate(group)
     ]  # fmt: skip
@@ -165,7 +205,7 @@ def test_no_layout_changes_a_completion(ranks, folders, alone, world, dtype, tol
     cases = [case for case in CASES if case.world == world]
     by_rank = [list(alone.values())] if world == 1 else ranks(world, sampled, folders, cases, dtype, timeout=150)
     for n, case in enumerate(cases):
-        wanted = alone[Case(case.model, temperature=case.temperature)]["groups"]
+        wanted = alone[case.what]["groups"]
         seen = set()
         for rank in by_rank:
             answer = rank[n]
@@ -182,6 +222,11 @@ def test_no_layout_changes_a_completion(ranks, folders, alone, world, dtype, tol
 def same(group, wanted, tolerance, case):
     for mine, theirs in zip(group, wanted, strict=True):
         assert mine.token_ids == theirs.token_ids, case
+        assert (
+            (mine.kept is None) == (theirs.kept is None) == (case.what in (Case(), Case("few"), Case(temperature=0.7)))
+        )
+        for sets in zip(mine.kept or (), theirs.kept or (), strict=True):
+            assert sets[0].tolist() == sets[1].tolist(), case
         assert mine.sampler_logprobs == pytest.approx(theirs.sampler_logprobs, abs=tolerance), case
         assert (mine.finish_reason, mine.text) == (theirs.finish_reason, theirs.text)
 
@@ -190,19 +235,34 @@ def same(group, wanted, tolerance, case):
 def test_tokens_are_where_their_uniform_falls_in_transformers_distribution(alone, folders, dtype, tolerance):
     from transformers import LlamaForCausalLM
 
-    for case in (Case(), Case(temperature=0.7), Case("few")):
+    for case in (Case(), Case(temperature=0.7), Case("few"), Case(**K), Case(**P), Case(**BOTH)):
         model = LlamaForCausalLM.from_pretrained(folders[case.model]).double()
         for prompt in prompts():
             for number, completion in enumerate(alone[case]["groups"][prompt.index]):
                 ids = torch.tensor(prompt.token_ids + completion.token_ids)
                 with torch.no_grad():
                     logits = model(ids[None, :-1]).logits[0, len(prompt.token_ids) - 1 :]
-                logp = torch.log_softmax(logits / case.temperature, dim=1)
+                logits = truncated(logits / case.temperature, case)
+                logp = torch.log_softmax(logits, dim=1)
                 noise = uniforms(SEED, STEP, prompt.index, number, LONGEST)[: len(logp), None]
                 tokens = torch.searchsorted(logp.exp().cumsum(dim=1), noise, right=True)
                 assert completion.token_ids == tuple(tokens[:, 0].tolist())
+                if completion.kept is not None:
+                    kept = [row.isfinite().nonzero()[:, 0].tolist() for row in logits]
+                    assert [sets.tolist() for sets in completion.kept] == kept
                 wanted = logp.gather(1, tokens)[:, 0].tolist()
                 assert completion.sampler_logprobs == pytest.approx(wanted, abs=2e-5)  # its norms round to float32
+
+
+def truncated(logits, case):
+    """-inf where top-k, then top-p leave a token out: sorted, as the definitions say."""
+    for row in logits:
+        if case.top_k:
+            row[row < row.sort(descending=True).values[case.top_k - 1]] = -torch.inf
+        values = row.sort(descending=True).values
+        before = values.softmax(dim=0).cumsum(dim=0) - values.softmax(dim=0)  # mass of those that are likelier
+        row[row < values[before < case.top_p].min()] = -torch.inf
+    return logits
 
 
 @DTYPES

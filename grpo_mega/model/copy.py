@@ -1,0 +1,70 @@
+"""A copy of a model's weights under another layout or dtype, on the same ranks: what a sampler may run on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_mega.model.architecture import Architecture
+from grpo_mega.model.bridge import Piece, Place, pieces
+from grpo_mega.model.specs import TrunkModel
+from grpo_mega.parallel import collectives
+from grpo_mega.parallel.mesh import Mesh
+
+
+class WeightCopy:
+    """`target`'s weights are what `source`'s were at the last `refresh`, cut another way, rounded to its dtype.
+
+    Both tables of pieces name the same Hugging Face tensors, so that what a parameter of one layout shares with one of
+    the other is where their pieces overlap. Parameters travel one at a time, within each replica of `source`.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        source: tuple[TrunkModel, Mesh, tuple[int, ...]],
+        target: tuple[TrunkModel, Mesh, tuple[int, ...]],
+    ):
+        """source, target: a model, its mesh, and the layers of each of its stages. Every rank must call."""
+        model, self._mesh, layers = source
+        self._source, self._dtype = dict(model.named_parameters()), model.config.params_dtype
+        self._shapes = collectives.gather_objects(
+            {name: p.shape for name, p in self._source.items()}, self._mesh.replica.group
+        )
+        size = self._mesh.tensor.size
+        places = [Place(tensor, size, stage, layers) for stage in range(len(layers)) for tensor in range(size)]
+        self._tables = [list(pieces(arch, place)) for place in places]  # in the order of the replica's ranks
+        self.model, mesh, layers = target
+        parameters = dict(self.model.named_parameters())
+        self._wanted: dict[str, list[tuple[Piece, Tensor]]] = {}
+        for name, parts in pieces(arch, Place.of(mesh, layers)):
+            parameters[name].data.zero_()  # rows of the padded vocabulary stay 0
+            for piece in parts:
+                self._wanted.setdefault(piece.name, []).append((piece, parameters[name].data))
+
+    @torch.no_grad()
+    def refresh(self) -> TrunkModel:
+        """Copy the weights as they are now; every rank must call. Returns the copy."""
+        replica, seen = self._mesh.replica, set()
+        for owner, table in enumerate(self._tables):
+            for name, parts in table:
+                key = (parts[0].name, parts[0].source)
+                if key in seen or parts[0].length == 0:
+                    continue  # the tied output layer, a norm of another tensor rank; nothing but padding
+                seen.add(key)
+                if replica.rank == owner:
+                    value = self._source[name].detach()
+                else:
+                    value = torch.empty(self._shapes[owner][name], dtype=self._dtype, device=self._mesh.device)
+                collectives.broadcast_(value, owner, replica.group)
+                for piece in parts:
+                    self._take(value, piece)
+        return self.model
+
+    def _take(self, value: Tensor, have: Piece) -> None:
+        for want, parameter in self._wanted.get(have.name, ()):
+            start = max(have.source, want.source)
+            length = min(have.source + have.length, want.source + want.length) - start
+            if length > 0:
+                part = value.narrow(have.dim, have.start + start - have.source, length)
+                parameter.narrow(want.dim, want.start + start - want.source, length).copy_(part)
