@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _ranks_to_fill(recipe: Recipe) -> int:
+def ranks_to_fill(recipe: Recipe) -> int:
     """Whole model replicas, as many as this machine has GPUs, or cores and memory, for; between one and one a prompt.
 
     A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference) and 3 GiB to work in.
@@ -78,7 +78,7 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
     from grpo_mega.trainer.check import check_cheaply
 
     if ranks is None:
-        ranks = _ranks_to_fill(recipe)
+        ranks = ranks_to_fill(recipe)
     check_cheaply(recipe, ranks)
     print(f"grpo_mega: starting {ranks} ranks; torch and megatron-core take some seconds to load", flush=True)
     return start_ranks(ranks, ["-m", "grpo_mega", *arguments])

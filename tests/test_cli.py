@@ -200,7 +200,7 @@ def test_alone_it_fills_the_machine(recipe, monkeypatch, layout, devices, memory
 
     monkeypatch.setattr(device, "local_devices", lambda: devices)
     monkeypatch.setattr(device, "free_memory_bytes", lambda: memory)
-    assert cli._ranks_to_fill(load_recipe(recipe(parallel=layout))) == ranks
+    assert cli.ranks_to_fill(load_recipe(recipe(parallel=layout))) == ranks
 
 
 @pytest.mark.parametrize("rank", [0, 1])

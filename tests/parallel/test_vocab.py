@@ -1,4 +1,4 @@
-"""Log-probs, entropies and draws from a cut vocabulary: against log_softmax, by hand, and against one process."""
+"""Log-probs and entropies of a cut vocabulary: against log_softmax, by hand, and against one process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from grpo_mega.parallel.draw import draw
 from grpo_mega.parallel.mesh import initialize, world_size_from_environment
-from grpo_mega.parallel.vocab import draw, logprobs_and_entropies
+from grpo_mega.parallel.truncation import Truncation
+from grpo_mega.parallel.vocab import logprobs_and_entropies
+from grpo_mega.types import Kept
 
 FP32, FP64 = torch.float32, torch.float64
 NAN = float("nan")
+TRUNCATIONS = [Truncation(top_k=3), Truncation(top_p=0.9), Truncation(top_k=200, top_p=0.5)]
 CUTS = [(2, 259, 136), (3, 259, 88), (3, 5, 4)]  # ranks, vocabulary, rows a rank; the last rank of the last has none
 
 
@@ -39,10 +43,15 @@ def forward_and_backward(x, weight, targets, grads, **options):
     return [value.detach() for value in (*found, *torch.autograd.grad(found, (x, weight), tuple(grads)))]
 
 
-def by_log_softmax(x, weight, targets, grads, vocab, temperature):
+def by_log_softmax(x, weight, targets, grads, vocab, temperature, kept=None):
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    logp = torch.log_softmax(x @ weight[:vocab].t() / temperature, dim=1)
-    found = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(dim=1)
+    logits = x @ weight[:vocab].t() / temperature
+    left_out = torch.zeros_like(logits, dtype=torch.bool)
+    if kept is not None:
+        left_out[:] = True
+        left_out[kept.rows, kept.tokens] = False
+    logp = torch.log_softmax(logits.masked_fill(left_out, -torch.inf), dim=1)
+    found = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp.masked_fill(left_out, 0.0)).sum(dim=1)
     return [value.detach() for value in (*found, *torch.autograd.grad(found, (x, weight), tuple(grads)))]
 
 
@@ -54,6 +63,24 @@ def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk_rows):
     for mine, wanted in zip(found, by_log_softmax(*data, 13, temperature), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
     assert torch.count_nonzero(found[3][13:]) == 0
+
+
+def some_kept(targets, vocab):
+    """From one to all tokens of each row, its target among them."""
+    generator = torch.Generator().manual_seed(3)
+    masks = torch.rand(len(targets), vocab, generator=generator) < torch.linspace(0, 1, len(targets))[:, None]
+    masks[torch.arange(len(targets)), targets] = True
+    return Kept(*masks.nonzero(as_tuple=True))
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_a_truncated_policy_is_log_softmax_over_the_kept_tokens(chunk_rows):
+    data = problem(11, 13, 16)
+    kept = some_kept(data[2], 13)
+    found = forward_and_backward(*data, vocab_size=13, temperature=0.7, kept=kept, chunk_rows=chunk_rows)
+    for mine, wanted in zip(found, by_log_softmax(*data, 13, 0.7, kept), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
+    assert found[0][0] == 0 and found[1][0] == 0  # one token kept: certain
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.3])
@@ -97,7 +124,10 @@ def test_bf16_inputs_give_fp32_results():
     found = forward_and_backward(x, weight, targets, grads.float(), vocab_size=13)
     assert [value.dtype for value in found] == [FP32, FP32, torch.bfloat16, torch.bfloat16]
     wanted = by_log_softmax(*(v.double() for v in (x, weight)), targets, grads.double(), 13, 1.0)
-    torch.testing.assert_close(found[0].double(), wanted[0], rtol=0, atol=0.05)  # products are rounded to 8 bits
+    for k in (0, 1):  # the operands are bf16, the logits are not rounded to it
+        torch.testing.assert_close(found[k].double(), wanted[k], rtol=0, atol=1e-5)
+    for k in (2, 3):
+        torch.testing.assert_close(found[k].double(), wanted[k], rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, NAN])
@@ -129,10 +159,14 @@ def on_ranks(cuts, dtype):
         with crossings() as crossed:
             x, weight, targets, grads = problem(11, vocab, rows * ranks, dtype)
             found = forward_and_backward(x, weight[part], targets, grads, chunk_rows=4, **options)
+        truncated = forward_and_backward(
+            x, weight[part], targets, grads, chunk_rows=4, kept=some_kept(targets, vocab), **options
+        )
         with crossings() as crossed_by_draw:
             x, weight, noise = draws(500, vocab, rows * ranks, dtype)
-            drawn = draw(x, weight[part], noise, **options)
-        answers.append((found, crossed, drawn, crossed_by_draw))
+            drawn = [draw(x, weight[part], noise, **options)]
+        drawn += [draw(x, weight[part], noise, **options, truncation=some) for some in TRUNCATIONS]
+        answers.append((found, truncated, crossed, drawn, crossed_by_draw))
     return answers
 
 
@@ -174,67 +208,26 @@ def test_a_cut_vocabulary_changes_nothing(ranks, world, dtype, tolerance):
     for n, (_, vocab, rows) in enumerate(cuts):
         answers = [answer[n] for answer in by_rank]
         x, weight, targets, grads = problem(11, vocab, rows * world, dtype)
-        wanted = forward_and_backward(x, weight, targets, grads, vocab_size=vocab, temperature=0.7)
-        for k in range(3):  # log-probs, entropies and the whole gradient of hidden: on every rank, to the bit
-            assert same_bits([found[k] for found, *_ in answers])
-        found = [*answers[0][0][:3], torch.cat([answer[0][3] for answer in answers])]
-        for mine, dense in zip(found, wanted, strict=True):
-            assert (mine - dense).abs().max() <= tolerance * dense.abs().max()
-        for _, sent, _, sent_by_draw in answers:  # 11 rows in chunks of 4: four numbers a row; then [11, 6], once
+        for which, kept in enumerate((None, some_kept(targets, vocab))):
+            wanted = forward_and_backward(x, weight, targets, grads, vocab_size=vocab, temperature=0.7, kept=kept)
+            for k in range(3):  # log-probs, entropies and the whole gradient of hidden: on every rank, to the bit
+                assert same_bits([answer[which][k] for answer in answers])
+            found = [*answers[0][which][:3], torch.cat([answer[which][3] for answer in answers])]
+            for mine, dense in zip(found, wanted, strict=True):
+                assert (mine - dense).abs().max() <= tolerance * dense.abs().max()
+        for _, _, sent, _, sent_by_draw in answers:  # 11 rows in chunks of 4: four numbers a row; then [11, 6], once
             assert sent == [("all_gather", 16), ("all_gather", 16), ("all_gather", 12), ("all_reduce", 66)]
             assert sent_by_draw == [("all_gather", 2 * 500), ("all_reduce", 3 * 500)]
 
         x, weight, noise = draws(500, vocab, rows * world, dtype)
-        tokens, logprobs, near = draw(x, weight, noise, vocab_size=vocab, temperature=0.7)
-        assert len(tokens.unique()) > min(vocab, 60) * 0.9
-        for *_, (t, lp, b), _ in answers:
-            assert torch.equal(t, tokens) and same_bits([lp, answers[0][2][1]])
-            torch.testing.assert_close(lp, logprobs, rtol=0, atol=10 * tolerance)
-            assert (b != near).sum() <= 1  # the edge of "near" is itself a rounding matter
-
-
-# ---- draws in one process
-
-
-def on_a_line(probabilities, uniforms, padded=0, dtype=FP64, temperature=1.0):
-    """One draw a uniform from the given distribution."""
-    weight = torch.tensor([*probabilities, *[NAN] * padded], dtype=dtype).log()[:, None]
-    noise = torch.tensor(uniforms, dtype=FP64)
-    x = torch.ones(len(noise), 1, dtype=dtype)
-    return draw(x, weight, noise, vocab_size=len(probabilities), temperature=temperature)
-
-
-def test_draw_is_the_inverse_of_the_cumulative_distribution():
-    places = [0.0, 0.05, 0.0999, 0.1001, 0.29, 0.31, 0.5999, 0.6001, 0.99, 1 - 2**-53]
-    tokens, logprobs, _ = on_a_line([0.1, 0.2, 0.3, 0.4], places, padded=4)
-    assert tokens.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
-    assert logprobs.tolist() == pytest.approx([math.log([0.1, 0.2, 0.3, 0.4][t]) for t in tokens], abs=1e-14)
-
-
-def test_draw_at_a_temperature():
-    """(1, 2, 3, 4) / 10 at temperature 1/2 is (1, 4, 9, 16) / 30: log-probs are of the distribution drawn from."""
-    tokens, logprobs, _ = on_a_line([0.1, 0.2, 0.3, 0.4], [0.03, 0.04, 0.16, 0.17, 0.46, 0.47], temperature=0.5)
-    assert tokens.tolist() == [0, 1, 1, 2, 2, 3]
-    assert logprobs.tolist() == pytest.approx([math.log([1, 4, 9, 16][t] / 30) for t in tokens], abs=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [FP32, FP64])
-def test_what_has_no_probability_is_never_drawn(dtype):
-    tokens, _, _ = on_a_line([0.0, 0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 1 - 2**-53], padded=3, dtype=dtype)
-    assert tokens.tolist() == [1, 3, 3]
-
-
-def test_near_boundary_flags_what_rounding_could_decide():
-    edges, far, close = [0.1, 0.3, 0.6], 1.01e-5, 0.99e-5
-    places = [edge + sign * distance for edge in edges for sign in (-1, 1) for distance in (far, close)]
-    tokens, _, near = on_a_line([0.1, 0.2, 0.3, 0.4], [*places, 0.0, 2e-5, 0.45, 1 - 2e-5, 1 - 2**-53])
-    assert near.tolist() == [False, True] * 6 + [True, False, False, False, True]
-    assert tokens.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 0, 0, 2, 3, 3]
-
-
-def test_frequencies_are_the_probabilities():
-    """Pearson's statistic of 20000 draws, 3 degrees of freedom: above 16.3 once in 1000 seeds."""
-    noise = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=FP64).tolist()
-    tokens, _, _ = on_a_line([0.1, 0.2, 0.3, 0.4], noise, dtype=FP32)
-    wanted = torch.tensor([0.1, 0.2, 0.3, 0.4]) * 20000
-    assert ((tokens.bincount(minlength=4) - wanted) ** 2 / wanted).sum() < 16.3
+        for which, some in enumerate((None, *TRUNCATIONS)):
+            alone = draw(x, weight, noise, vocab_size=vocab, temperature=0.7, truncation=some)
+            assert len(alone.tokens.unique()) > min(vocab, 60) * 0.9
+            several = [answer[3][which] for answer in answers]
+            for drawn in several:
+                assert torch.equal(drawn.tokens, alone.tokens) and same_bits([drawn.logprobs, several[0].logprobs])
+                torch.testing.assert_close(drawn.logprobs, alone.logprobs, rtol=0, atol=10 * tolerance)
+                assert (drawn.near_boundary != alone.near_boundary).sum() <= 1  # "near" is itself a rounding matter
+            if some is not None:
+                pairs = torch.cat([torch.stack(drawn.kept, dim=1) for drawn in several]).tolist()
+                assert sorted(pairs) == torch.stack(alone.kept, dim=1).tolist()

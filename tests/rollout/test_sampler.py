@@ -107,8 +107,8 @@ def sample(folder, case, dtype):
 
     from grpo_mega.model.architecture import read_architecture
     from grpo_mega.model.build import build_model
-    from grpo_mega.model.decode import Decoder
     from grpo_mega.model.copy import WeightCopy
+    from grpo_mega.model.decode import Decoder
     from grpo_mega.model.layout import layers_per_stage
     from grpo_mega.parallel.mesh import another_layout
     from grpo_mega.parallel.truncation import Truncation
