@@ -1,6 +1,8 @@
-"""float32 products by oneDNN: float32's precision, torch's errors, and nobody else's products."""
+"""Products by oneDNN: float32's precision, bf16 rounded once, torch's errors, and nobody else's products."""
 
 from __future__ import annotations
+
+from unittest import mock
 
 import pytest
 import torch
@@ -29,13 +31,31 @@ def products():
     empty = (torch.randn(0, 5) @ torch.randn(5, 3)).shape, (torch.randn(2, 0) @ torch.randn(0, 3)).tolist()
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         torch.randn(2, 3) @ torch.randn(2, 3)
-    return installed, max(errors), double, empty
+    return installed, max(errors), double, empty, bf16_products(onednn)
+
+
+def bf16_products(onednn):
+    """Largest distance from the exact product, in units of its last bf16 place; for both kinds of processor.
+
+    Of products above 1: nearer to 0 the terms cancel, and float32's own error counts.
+    """
+    left, right = torch.randn(33, 576).bfloat16(), torch.randn(576, 100).bfloat16()
+    exact = left.double() @ right.double()
+    last_place = 2.0 ** (exact.abs().log2().floor() - 7)
+    distances = []
+    for answer in (True, False):
+        with mock.patch.object(onednn, "_multiplies_bf16", lambda answer=answer: answer):
+            product = left @ right
+        assert product.dtype == torch.bfloat16
+        distances.append(((product.double() - exact).abs() / last_place)[exact.abs() > 1].max().item())
+    return distances
 
 
 def test_products_are_float32s(ranks):
-    installed, single, double, empty = ranks(1, products)[0]
+    installed, single, double, empty, bf16 = ranks(1, products)[0]
     assert installed
     # rounding of 1000 float32 sums of 1000 terms grows like their square root; how many lanes share a sum is the
     # processor's business (4e-7 with AVX-512, 6e-7 with AVX2). A bf16 or TF32 product errs by 1e-3.
     assert 1e-9 < single < 1000**0.5 * 2**-24 and double < 1e-14
+    assert all(0.3 < distance < 0.51 for distance in bf16)  # rounded to the nearest, once
     assert empty == ((0, 3), [[0.0] * 3] * 2)
