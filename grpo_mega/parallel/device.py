@@ -28,6 +28,7 @@ def quiet_megatron() -> None:
     for subject in (
         "(Transformer Engine|[Aa]pex)",
         "full scope is deprecated",
+        "MimoModelConfig is experimental",
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "torch.distributed.\\w+. is deprecated",
         "[Bb]arrier.*device",
