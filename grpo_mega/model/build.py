@@ -62,13 +62,15 @@ def transformer_config(
 def _mark_tensor_parallel(model: TrunkModel, arch: Architecture, place: bridge.Place) -> None:
     """Say of each matrix that tensor ranks hold different slices of it, and along which dimension.
 
-    megatron-core 0.16.1 says so only while it initialises weights (tensor_parallel/layers.py), which we leave out.
-    Unsaid, optimizer/clip_grads.py takes slices for copies, and the norm that clips changes with the tensor ranks.
+    megatron-core 0.16.1 says so only while it initialises weights (tensor_parallel/layers.py), which we leave out;
+    0.19.2 says it always, and refuses to be told again. Unsaid, optimizer/clip_grads.py takes slices for copies, and
+    the norm that clips changes with the tensor ranks.
     """
     parameters = dict(model.named_parameters())
     for name, parts in bridge.pieces(arch, place):
-        if parameters[name].ndim > 1:
-            set_tensor_model_parallel_attributes(parameters[name], is_parallel=True, dim=parts[0].dim, stride=1)
+        weight = parameters[name]
+        if weight.ndim > 1 and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=parts[0].dim, stride=1)
 
 
 def build_model(

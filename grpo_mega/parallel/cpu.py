@@ -1,6 +1,7 @@
 """A stand-in for the parts of `torch.cuda` that megatron-core takes for granted, so that it runs on a CPU.
 
-Installed only where no GPU is present, by `device.prepare()`. It answers four habits of megatron-core 0.16.1:
+Installed only where no GPU is present, by `device.prepare()`. It answers four habits of megatron-core, the same in
+0.16.1 and 0.19.2:
 
 - `device="cuda"` and `Tensor.cuda()` (the token counter of pipeline_parallel/schedules.py, found_inf and the scale of
   optimizer/optimizer.py, clip_grads.py, dist_checkpointing/exchange_utils.py): read as the CPU;
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from grpo_mega.errors import ConfigError
 
-CHECKED_VERSIONS = ("0.16.1",)
+CHECKED_VERSIONS = {"0.16.1": "Python 3.10 or 3.11", "0.19.2": "Python 3.12"}
 _CPU = torch.device("cpu")
 _installed: CudaOnCpu | None = None
 
@@ -86,9 +87,10 @@ def check_version() -> None:
     """Refuse a megatron-core whose habits were not read: a stand-in that misses one would fail far from here."""
     found = importlib.metadata.version("megatron-core")
     if found not in CHECKED_VERSIONS:
+        checked = " or ".join(f"{version} ({python})" for version, python in CHECKED_VERSIONS.items())
         raise ConfigError(
-            f"megatron-core {found} has not been checked with the CPU stand-in; install megatron-core=="
-            f"{CHECKED_VERSIONS[-1]}, or run on a machine with a GPU"
+            f"megatron-core {found} has not been checked with the CPU stand-in; install megatron-core {checked}, or run "
+            "on a machine with a GPU"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -12,14 +13,22 @@ from grpo_mega.errors import ConfigError
 from grpo_mega.parallel import cpu, onednn
 
 _prepared: torch.device | None = None
+_KNOWN_RECORDS = {  # logger -> how the record starts that megatron-core 0.19.2 makes in every run
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # for HybridModel, which 0.16.1 has not
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",  # 0.16.1 takes an MLP in no other form
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",  # said of any save
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # which tensor_parallel/random.py imports
+}
 
 
 def quiet_megatron() -> None:
-    """Silence what megatron-core warns of at import and in every run: missing accelerations (which this project reports
+    """Silence what megatron-core says at import and in every run: missing accelerations (which this project reports
     itself) and deprecations inside megatron. Call before the first import of megatron."""
     for subject in (
         "(Transformer Engine|[Aa]pex)",
         "full scope is deprecated",
+        "MimoModelConfig is experimental",
         "CUDA_DEVICE_MAX_CONNECTIONS",
         "torch.distributed.\\w+. is deprecated",
         "[Bb]arrier.*device",
@@ -27,6 +36,12 @@ def quiet_megatron() -> None:
     ):
         warnings.filterwarnings("ignore", message=f".*{subject}")
     warnings.filterwarnings("ignore", module="megatron", category=DeprecationWarning)
+    for name in _KNOWN_RECORDS:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_KNOWN_RECORDS[record.name])
 
 
 def prepare() -> torch.device:

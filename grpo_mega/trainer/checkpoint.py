@@ -9,13 +9,16 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from torch.distributed.checkpoint import CheckpointException
 
 from grpo_mega.errors import CheckpointError
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.trainer.policy import Policy
 
-_FILES = ("trainer.json", "common.pt", "metadata.json", ".metadata")  # beside the shards, *.distcp
+# What is not sharded megatron-core 0.16.1 keeps in common.pt, 0.19.2 in a shard (dist_checkpointing/serialization.py).
+_COMMON = ("common.pt",) if hasattr(CheckpointingConfig, "common_backend") else ()
+_FILES = ("trainer.json", *_COMMON, "metadata.json", ".metadata")  # beside the shards, *.distcp
 # the distributed optimizer's states as tensors of the parameters' shapes: the one form that any layout can load
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 

@@ -14,11 +14,12 @@ from grpo_mega.errors import ConfigError
 from grpo_mega.parallel import cpu
 
 
-@pytest.mark.parametrize("found", ["0.15.3", "0.16.0", "0.19.2", "0.16.10"])
+@pytest.mark.parametrize("found", ["0.15.3", "0.16.0", "0.18.2", "0.16.10", "0.19.20"])
 def test_a_version_that_was_not_checked_is_refused(monkeypatch, found):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: {"megatron-core": found}[name])
     monkeypatch.setattr(cpu, "_installed", None)
-    with pytest.raises(ConfigError, match=rf"megatron-core {found} .* install megatron-core==0\.16\.1, or .* GPU"):
+    pattern = rf"megatron-core {found} .* install megatron-core 0\.16\.1 \(Python .* or 0\.19\.2 \(Python 3\.12\), or .* GPU"
+    with pytest.raises(ConfigError, match=pattern):
         cpu.install()
     assert cpu._installed is None and torch.cuda.current_device.__module__ == "torch.cuda"
 
