@@ -5,15 +5,17 @@ one C function. So the function runs in a child process, whose CPU timer the ker
 CPU time, not the clock's: a verdict does not depend on how busy the machine is. This bounds time and memory; it is no
 sandbox.
 
-    trainer --pickle--> nursery: imports the function once, then forks ...
-    trainer <--JSON---- server:  ... a server, and another when that one has died
+    trainer: asks, (number, CPU seconds, arguments) as a pickle; takes the answer with that number, as JSON
+    nursery: imports the function once, forks a server, says how it died and forks another (milliseconds, not an import)
+    server:  answers
 
-What comes back is JSON and is never unpickled: some scorers evaluate what a policy wrote.
+What comes back is never unpickled: some scorers evaluate what a policy wrote.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -32,7 +34,7 @@ from typing import Any, BinaryIO
 MEMORY_BYTES = 4 * 2**30  # address space of the child
 START_SECONDS = 300.0  # to import the function: libraries on a shared file system can take minutes
 CLOCK_FACTOR, CLOCK_SECONDS = 4, 30.0  # clock limit of a call that sleeps: CPU seconds x 4 + 30
-MAX_MESSAGE = 2000
+MAX_ERROR_CHARS = 200
 
 
 class BoundedError(Exception):
@@ -46,6 +48,9 @@ class BoundedFunction:
         self.target = target
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()  # one request at a time, whichever thread asks
+        self._asked = 0
+        self._read = b""  # what the child has written and nobody has looked at
+        atexit.register(self.close)
 
     def __call__(self, cpu_seconds: float, *arguments: Any) -> Any:
         """function(*arguments), which must be JSON's kind of value; the arguments are pickled.
@@ -54,12 +59,12 @@ class BoundedFunction:
         """
         with self._lock:
             process = self._process or self._start()
-            try:
+            self._asked += 1
+            request = pickle.dumps((self._asked, cpu_seconds, arguments))
+            with contextlib.suppress(BrokenPipeError):  # it has died: the answer says so
                 assert process.stdin is not None
-                process.stdin.write(pickle.dumps((cpu_seconds, arguments)))
+                process.stdin.write(len(request).to_bytes(8, "big") + request)
                 process.stdin.flush()
-            except BrokenPipeError:
-                pass  # it died between two calls; the answer below says so
             reply = self._reply(CLOCK_FACTOR * cpu_seconds + CLOCK_SECONDS)
         if "error" in reply:
             raise BoundedError(reply["error"])
@@ -67,19 +72,15 @@ class BoundedFunction:
 
     def close(self) -> None:
         """End the child; the next call starts another."""
-        process, self._process = self._process, None
+        process, self._process, self._read = self._process, None, b""
         if process is None:
             return
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # nursery and server: its session is its own
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # nursery and server: their session is their own
         for stream in (process.stdin, process.stdout):
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 assert stream is not None
                 stream.close()
-            except BrokenPipeError:
-                pass
         process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -94,7 +95,6 @@ class BoundedFunction:
             env={**os.environ, **threads, "PYTHONPATH": path},
             start_new_session=True,
         )
-        atexit.register(self.close)
         ready = self._reply(START_SECONDS)
         if "error" in ready:
             self.close()
@@ -102,33 +102,54 @@ class BoundedFunction:
         return self._process
 
     def _reply(self, clock_seconds: float) -> dict[str, Any]:
-        """The child's next line; on anything but a proper one the child is ended."""
-        process, line, end = self._process, b"", time.monotonic() + clock_seconds
+        """The answer to the last question; if none comes that can be read, the child is ended and the reason given."""
+        end = time.monotonic() + clock_seconds
+        try:
+            while True:
+                reply = json.loads(self._line(end))
+                if not isinstance(reply, dict) or not {"value", "error"} & set(reply):
+                    raise ValueError
+                # a server that died between two questions is told of (None) at the next, whose answer comes late
+                if reply.get("number") in (None, self._asked):
+                    return reply
+        except TimeoutError:
+            reason = f"TimeoutError: no answer within {clock_seconds:g} s by the clock"
+        except EOFError:
+            reason = f"ChildProcessError: the process of {self.target} has died"
+        except ValueError:
+            reason = f"ChildProcessError: the process of {self.target} wrote what is no answer"
+        self.close()
+        return {"error": reason}
+
+    def _line(self, end: float) -> bytes:
+        process = self._process
         assert process is not None and process.stdout is not None
-        while not line.endswith(b"\n"):
+        while b"\n" not in self._read:
             left = end - time.monotonic()
             if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-                self.close()
-                return {"error": f"TimeoutError: no result within {clock_seconds:g} s by the clock"}
+                raise TimeoutError
             part = os.read(process.stdout.fileno(), 1 << 16)
             if not part:
-                self.close()
-                return {"error": f"ChildProcessError: the process of {self.target} has died"}
-            line += part
-        try:
-            reply = json.loads(line)
-        except ValueError:
-            reply = None
-        if not isinstance(reply, dict) or not ({"value", "error"} & set(reply)):
-            self.close()
-            return {"error": f"ChildProcessError: the process of {self.target} wrote what is no result"}
-        return reply
+                raise EOFError
+            self._read += part
+        line, _, self._read = self._read.partition(b"\n")
+        return line
 
 
 @cache
 def bounded(target: str) -> BoundedFunction:
     """The one BoundedFunction of this process for `target`."""
     return BoundedFunction(target)
+
+
+def describe(error: BaseException) -> str:
+    """Type: message, on one line of at most MAX_ERROR_CHARS, whatever the exception's own __str__ does."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "(its message cannot be shown)"
+    kind = "" if isinstance(error, BoundedError) else f"{type(error).__name__}: "  # that message has its type in it
+    return f"{kind}{' '.join(message[:MAX_ERROR_CHARS].split())}"[:MAX_ERROR_CHARS]
 
 
 def nursery(target: str) -> None:
@@ -143,48 +164,49 @@ def nursery(target: str) -> None:
         if prepare := getattr(importlib.import_module(module), "prepare", None):
             prepare()  # imports that a function leaves for its first call
     except BaseException as error:
-        return _send(replies, {"error": _described(error)})
-    _send(replies, {"value": "ready"})
+        return _send(replies, json.dumps({"error": describe(error)}))
+    _send(replies, json.dumps({"value": "ready"}))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     while True:
         server = os.fork()
         if server == 0:
-            _serve(function, requests, replies)
-            os._exit(0)
+            try:
+                _serve(function, requests, replies)
+            finally:
+                os._exit(0)  # the trainer is gone
         status = os.waitpid(server, 0)[1]
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-            return  # nothing is left to ask
-        _send(replies, {"error": _death(status)})
+            return
+        _send(replies, json.dumps({"error": _death(status)}))
 
 
 def _serve(function: Any, requests: BinaryIO, replies: BinaryIO) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    while True:
+    while size := int.from_bytes(_exactly(requests, 8), "big"):
+        request = _exactly(requests, size)
+        number = None
         try:
-            cpu_seconds, arguments = pickle.load(requests)
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-        try:
-            reply = {"value": function(*arguments)}
+            number, cpu_seconds, arguments = pickle.loads(request)
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+            answer = json.dumps({"number": number, "value": function(*arguments)})
         except BaseException as error:
-            reply = {"error": _described(error)}
+            answer = json.dumps({"number": number, "error": describe(error)})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(replies, reply)
+        _send(replies, answer)
 
 
-def _send(replies: BinaryIO, reply: dict[str, Any]) -> None:
-    left = memoryview(json.dumps(reply).encode() + b"\n")
+def _exactly(requests: BinaryIO, size: int) -> bytes:
+    """`size` bytes; fewer when the trainer has closed its end."""
+    found = b""
+    while len(found) < size and (part := requests.read(size - len(found))):
+        found += part
+    return found
+
+
+def _send(replies: BinaryIO, answer: str) -> None:
+    left = memoryview(answer.encode() + b"\n")
     while left:
-        left = left[replies.write(left) :]
-
-
-def _described(error: BaseException) -> str:
-    try:
-        message = " ".join(str(error)[:MAX_MESSAGE].split())
-    except Exception:
-        message = "(its message cannot be shown)"
-    return f"{type(error).__name__}: {message}"
+        left = left[replies.write(left) or 0 :]
 
 
 def _death(status: int) -> str:

@@ -49,14 +49,14 @@ def reasoning_gym(options: ReasoningGymOptions) -> Callable[[str, str | None, Ma
     return score
 
 
-def check_row(row: Mapping[str, Any]) -> None:
-    """Raise RewardError (its message goes on from a row's name) unless the row tells which task made it."""
+def check_task_of(row: Mapping[str, Any]) -> None:
+    """Raise RewardError unless the row tells which task of reasoning-gym made it."""
     metadata = row.get("metadata")
     task = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if not isinstance(task, str):
         raise RewardError(
-            "has no metadata.source_dataset, by which the reward function reasoning_gym finds the task's scorer; use "
-            "rows made by reasoning-gym, or another reward function"
+            "there is no metadata.source_dataset, by which the reward function reasoning_gym finds the task's scorer; "
+            "use rows made by reasoning-gym, or another reward function"
         )
     check_task(task, {})
 
@@ -72,11 +72,20 @@ def check_task(task: str, parameters: Mapping[str, Any]) -> None:
             "pip install reasoning-gym"
         ) from None
     if task not in DATASETS:
-        raise RewardError(f"names the task {task!r}, which is none of reasoning-gym's{nearest(task, DATASETS)}")
-    known = [field.name for field in fields(DATASETS[task][1])]
+        raise RewardError(f"{task!r} is no task of reasoning-gym{nearest(task, DATASETS)}")
+    config = DATASETS[task][1]
+    known = [field.name for field in fields(config)]
     for key in parameters:
         if key not in known:
-            raise RewardError(f"options.tasks.{task}.{key} is no parameter of {task}{nearest(key, known)}")
+            raise RewardError(f"tasks.{task}.{key} is no parameter of {task}{nearest(key, known)}")
+    if parameters:
+        try:
+            config(**parameters).validate()
+        except Exception as error:  # AssertionError, TypeError, ValueError, ...
+            raise RewardError(
+                f"tasks.{task}={dict(parameters)} does not suit the task ({type(error).__name__}: {error}); its "
+                f"parameters are {', '.join(known)}"
+            ) from None
 
 
 def committed_answer(text: str, reference: Any) -> str:

@@ -41,7 +41,7 @@ def last_match(pattern: str, whole: bool, group: int | str | None, text: str) ->
     if whole:
         match = compiled.fullmatch(text)
     else:
-        for match in compiled.finditer(text):
+        for match in compiled.finditer(text):  # noqa: B007
             if group is None:
                 break
     return None if match is None else [match.group(group or 0)]
