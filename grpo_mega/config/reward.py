@@ -124,6 +124,23 @@ class RewardConfig(Section):
             return dict(self.parts)
         return {self.function: PartConfig(function=self.function, options=self.options, batch=self.batch)}
 
+    def check_lengths(self, max_completion_tokens: int) -> None:
+        """Raise ValueError for a length penalty that completions of at most `max_completion_tokens` never meet."""
+        for name, part in self.all_parts.items():
+            where = f"{self.key(name)}.options"
+            if part.function == "length":
+                end = part.options["end"] or max_completion_tokens
+                if part.options["start"] >= min(end, max_completion_tokens):
+                    raise ValueError(
+                        f"{where}.start={part.options['start']} is not below end={end} and sampling."
+                        f"max_completion_tokens={max_completion_tokens}: the penalty would never be paid; lower start"
+                    )
+            if part.function == "soft_overlong" and part.options["cache"] > max_completion_tokens:
+                raise ValueError(
+                    f"{where}.cache={part.options['cache']} exceeds sampling.max_completion_tokens="
+                    f"{max_completion_tokens}; lower it (DAPO's is a fifth)"
+                )
+
     def key(self, name: str) -> str:
         """Where the recipe says what the part `name` is."""
         return "reward" if self.function is not None else f"reward.parts.{name}"

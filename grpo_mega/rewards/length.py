@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grpo_mega.config.reward import LengthOptions, SoftOverlongOptions
-from grpo_mega.errors import ConfigError
 
 # (text, answer, row, token_ids=...) -> the reward
 LengthFunction = Callable[..., float]
@@ -17,14 +16,9 @@ def length(options: LengthOptions, max_completion_tokens: int) -> LengthFunction
     """0 up to `start` tokens, -1 from `end` tokens on (default: max_completion_tokens); between them, with
     x = (tokens - start) / (end - start): -x (linear) or -(1 - cos(pi x)) / 2 (cosine).
 
-    Raises ConfigError unless start < end, and start < max_completion_tokens.
+    start < end is the recipe's to check (`RewardConfig.check_lengths`).
     """
     start, end = options.start, options.end or max_completion_tokens
-    if start >= min(end, max_completion_tokens):
-        raise ConfigError(
-            f"start={start} of the length penalty is not below end={end} and sampling.max_completion_tokens="
-            f"{max_completion_tokens}, so it would never be paid; lower start"
-        )
 
     def score(completion: str, answer: str | None, row: Mapping[str, Any], *, token_ids: Sequence[int]) -> float:
         x = min(max((len(token_ids) - start) / (end - start), 0.0), 1.0)
@@ -40,12 +34,7 @@ def soft_overlong(options: SoftOverlongOptions, max_completion_tokens: int) -> L
         ((L_max - L_cache) - |y|) / L_cache   for L_max - L_cache < |y| <= L_max
         -1                                  beyond, where no completion is
 
-    which is the linear penalty from L_max - L_cache to L_max. Raises ConfigError for L_cache > L_max.
+    which is the linear penalty from L_max - L_cache to L_max. L_cache <= L_max is the recipe's to check.
     """
     start = max_completion_tokens - options.cache
-    if start < 0:
-        raise ConfigError(
-            f"cache={options.cache} of soft_overlong exceeds sampling.max_completion_tokens={max_completion_tokens}; "
-            "DAPO uses a fifth of it"
-        )
     return length(LengthOptions(shape="linear", start=start), max_completion_tokens)

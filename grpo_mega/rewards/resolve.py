@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo_mega.config.reward import OPTIONS, PartConfig, RewardConfig
-from grpo_mega.errors import ConfigError, DataError, RewardError
+from grpo_mega.errors import DataError, RewardError
 from grpo_mega.rewards.exact import exact
 from grpo_mega.rewards.format import tagged
 from grpo_mega.rewards.length import length, soft_overlong
@@ -55,7 +55,7 @@ def resolve_reward(config: RewardConfig, max_completion_tokens: int) -> tuple[Pa
     """The parts of the recipe's reward, in its order. Functions of your own may lie in the current directory.
 
     Raises RewardError for a module that does not import, and for a function that is not there or cannot be called as
-    function(text, answer, row, **options); ConfigError for lengths that do not suit `max_completion_tokens`.
+    function(text, answer, row, **options), and for tasks of reasoning-gym that do not exist.
     """
     return tuple(_part(config.key(name), name, part, max_completion_tokens) for name, part in config.all_parts.items())
 
@@ -83,8 +83,8 @@ def _part(key: str, name: str, config: PartConfig, max_completion_tokens: int) -
         options = OPTIONS[config.function].model_validate(config.options)
         try:
             function = BUILT_IN[config.function](options, max_completion_tokens)
-        except (ConfigError, RewardError) as error:
-            raise type(error)(f"{key}.options: {error}") from None
+        except RewardError as error:
+            raise RewardError(f"{key}.options: {error}") from None
         return Part(name, config.weight, function, extras=_extras(function))
     function = _own(config.function, key, config.batch)
     _check_signature(function, config, f"{key}.function={config.function!r}")

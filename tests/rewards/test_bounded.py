@@ -1,4 +1,4 @@
-"""Limits that hold against code which no handler could interrupt; `builtins:eval` runs what a test says in the child."""
+"""Limits that hold where no handler could interrupt; `builtins:eval` runs what a test says in the child."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_a_fault_is_told_and_the_next_call_works(evaluate, code, message):
     assert evaluate(5.0, "1 + 1") == 2
 
 
-@pytest.mark.parametrize("code", ["9**9**9**9", "__import__('re').match('(a+)+b', 'a' * 60)", "[0 for _ in iter(int, 1)]"])
+@pytest.mark.parametrize(
+    "code", ["9**9**9**9", "__import__('re').match('(a+)+b', 'a' * 60)", "[0 for _ in iter(int, 1)]"]
+)
 def test_what_never_ends_is_ended(evaluate, code):
     start = time.monotonic()
     with pytest.raises(BoundedError, match=r"^TimeoutError: no result within its time_limit of CPU time$"):
@@ -93,7 +95,7 @@ def test_any_thread_may_call(evaluate):
 
 
 def test_a_function_that_is_not_there():
-    with pytest.raises(BoundedError, match="^ModuleNotFoundError: No module named 'no_such_library'$"):
+    with pytest.raises(BoundedError, match=r"^ModuleNotFoundError: No module named 'no_such_library'$"):
         BoundedFunction("no_such_library:f")(1.0)
 
 

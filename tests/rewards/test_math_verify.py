@@ -74,7 +74,7 @@ def test_unpaid(completion, answer):
 def test_an_endless_comparison_ends_and_the_next_is_right(text):
     hasty = math_verify(MathVerifyOptions(time_limit=0.3))
     start = time.monotonic()
-    with pytest.raises(BoundedError, match="^TimeoutError: no result within its time_limit"):
+    with pytest.raises(BoundedError, match=r"^TimeoutError: no result within its time_limit"):
         hasty(text, "12", {})
     assert time.monotonic() - start < 15
     assert score("12", "12", {}) == 1.0
@@ -90,7 +90,7 @@ def test_outside_the_main_thread():
 
 
 def test_references_that_cannot_be_compared_with():
-    with pytest.raises(BoundedError, match="^RewardError: the reference answer 'red' is no mathematics"):
+    with pytest.raises(BoundedError, match=r"^RewardError: the reference answer 'red' is no mathematics"):
         score("12", "red", {})
     with pytest.raises(RewardError, match=r"data\.answer_field"):
         score("12", None, {})

@@ -54,15 +54,27 @@ def test_the_answer_that_a_completion_commits_to(text, reference, committed):
 def test_the_right_answer_in_any_dress():
     row = entry("chain_sum")
     answer = row["answer"]
-    for text in (answer, f"It is {answer}.", f"<answer>{answer}</answer>", f"so \\boxed{{{answer}}}, since 7", f"{answer}.0"):
+    for text in (
+        answer,
+        f"It is {answer}.",
+        f"<answer>{answer}</answer>",
+        f"so \\boxed{{{answer}}}, since 7",
+        f"{answer}.0",
+    ):
         assert both(text, row) == (1.0, 1.0), text
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "letter_counting", "gsm_symbolic", "gcd", "caesar_cipher", "word_sorting"])
+@pytest.mark.parametrize(
+    "task", ["chain_sum", "letter_counting", "gsm_symbolic", "gcd", "caesar_cipher", "word_sorting"]
+)
 def test_lists_of_candidates_and_wrong_answers_are_not_paid(task):
     row = entry(task)
     answer = row["answer"]
-    for text in (f"{answer} or 87654", f"1 2 3 {answer} 87654", f"<answer>{answer} x</answer> no: <answer>87654</answer>"):
+    for text in (
+        f"{answer} or 87654",
+        f"1 2 3 {answer} 87654",
+        f"<answer>{answer} x</answer> no: <answer>87654</answer>",
+    ):
         assert strict(text, answer, row) == 0.0, text
     for text in ("", " \n", "87654", "?" * 10**6, "{" * 1000, "\ud800\x00\u202e", "None", "null", "[]"):
         assert strict(text, answer, row) == 0.0, text
@@ -96,7 +108,7 @@ def test_tables_and_tasks_without_a_reference():
 
 
 def test_a_scorer_that_raises_says_so():
-    with pytest.raises(BoundedError, match="^ValueError: "):
+    with pytest.raises(BoundedError, match=r"^ValueError: "):
         lenient("<answer>two times three</answer>", "2 × 3", {**entry("prime_factorization"), "answer": "2 × 3"})
 
 
@@ -104,7 +116,7 @@ def test_a_scorer_that_pays_nonsense_is_refused():
     rows = [entry("game_of_life_halting", index) for index in range(20)]
     row = next(row for row in rows if row["answer"] == "False")
     assert lenient("<answer>bananas</answer>", "False", row) == 1.0  # the library's word
-    with pytest.raises(BoundedError, match="^RewardError: game_of_life_halting's scorer gives nonsense a full score"):
+    with pytest.raises(BoundedError, match=r"^RewardError: game_of_life_halting's scorer gives nonsense a full score"):
         strict("<answer>bananas</answer>", "False", row)
 
 
@@ -112,7 +124,7 @@ def test_an_endless_scorer_ends():
     hasty = reasoning_gym(ReasoningGymOptions(time_limit=0.3))
     row = {**entry("countdown"), "answer": "x"}
     start = time.monotonic()
-    with pytest.raises(BoundedError, match="^TimeoutError: no result within its time_limit"):
+    with pytest.raises(BoundedError, match=r"^TimeoutError: no result within its time_limit"):
         hasty("<answer>9**9**9**9</answer>", None, row)
     assert time.monotonic() - start < 20
     assert strict("<answer>1</answer>", None, row) == 0.0
@@ -132,9 +144,13 @@ def test_what_a_row_and_options_must_say():
     for row in ({}, {"metadata": None}, {"metadata": {"source_dataset": 3}}):
         with pytest.raises(RewardError, match=r"^there is no metadata\.source_dataset, by which "):
             check_task_of(row)
-    with pytest.raises(RewardError, match="^'chain_sums' is no task of reasoning-gym; did you mean 'chain_sum'"):
+    with pytest.raises(RewardError, match=r"^'chain_sums' is no task of reasoning-gym; did you mean 'chain_sum'"):
         check_task_of({"metadata": {"source_dataset": "chain_sums"}})
-    with pytest.raises(RewardError, match=r"^tasks\.puzzle24\.max_valu is no parameter of puzzle24; did you mean 'max_v"):
+    with pytest.raises(
+        RewardError, match=r"^tasks\.puzzle24\.max_valu is no parameter of puzzle24; did you mean 'max_v"
+    ):
         check_task("puzzle24", {"max_valu": 3})
-    with pytest.raises(RewardError, match=r"^tasks\.puzzle24=\{'max_value': 99\} does not suit the task \(AssertionError: "):
+    with pytest.raises(
+        RewardError, match=r"^tasks\.puzzle24=\{'max_value': 99\} does not suit the task \(AssertionError: "
+    ):
         check_task("puzzle24", {"max_value": 99})

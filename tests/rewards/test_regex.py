@@ -65,7 +65,7 @@ def test_no_answer_for_a_group():
 @pytest.mark.parametrize("match", ["search", "fullmatch"])
 def test_backtracking_is_ended_and_the_next_match_is_right(match):
     start = time.monotonic()
-    with pytest.raises(BoundedError, match="^TimeoutError: no result within its time_limit"):
+    with pytest.raises(BoundedError, match=r"^TimeoutError: no result within its time_limit"):
         value("a" * 60, pattern="(a+)+b", match=match, time_limit=0.2)
     assert time.monotonic() - start < 15
     assert value("aab", pattern="(a+)+b", match=match) == 1.0
