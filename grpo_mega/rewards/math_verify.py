@@ -4,6 +4,10 @@
 (`exact` has the rules: \\boxed{...}, <answer>...</answer>, "answer is ..."); without one, math-verify's choice of the
 text's last formula or number, which makes a set of several formulas or boxes, so that listing candidates pays nothing.
 
+9 + 1 equals 10, so that a policy could be paid for repeating the question. Where the reference is a number, the answer
+must be carried out: no sum, product, power, root or function, and no quotient if the reference is whole. Where it is a
+formula nothing of the kind can be asked: "Simplify x + x" is answered by x + x. Use another reward for such questions.
+
 sympy may take for ever over one expression, and math-verify's own limit is an alarm signal, which a thread cannot set
 and a long operation in C does not see: the comparison runs under `rewards/bounded`.
 """
@@ -17,12 +21,19 @@ from typing import Any
 from grpo_mega.config.reward import MathVerifyOptions
 from grpo_mega.errors import RewardError
 from grpo_mega.rewards.bounded import bounded
-from grpo_mega.rewards.exact import marked_text
+from grpo_mega.rewards.exact import is_number, marked_text
 
 MAX_CHARS = 10_000  # of the text's end; math-verify's own patterns are slower than linear
 
 _DELIMITED = re.compile(r"\$|\\f?boxed|\\\(|\\\[")
 _PROSE = re.compile(r"(?:^|\s)[A-Za-z]{2,}[,:]?(?=\s|$)")  # a word by itself: no formula as it stands
+
+_OPERATION = re.compile(
+    r"[\w)\]}](?<![0-9][eE])\s*[-+−]"  # a sign between operands, not that of 1e-5
+    r"|[*×·÷^!∙√]|[\w)\]}]\s*[(\[]"  # 3(4)
+    r"|\\(?![dt]?frac\b|text\b|mathrm\b|mathbf\b|left\b|right\b|[^A-Za-z])"  # \times, \sqrt, \sin, ...
+)
+_QUOTIENT = re.compile(r"/|\\[dt]?frac")
 
 
 def math_verify(options: MathVerifyOptions) -> Callable[[str, str | None, Mapping[str, Any]], float]:
@@ -50,12 +61,22 @@ def equal(reference: str, text: str) -> bool:
         raise RewardError(f"the reference answer {reference[:80]!r} is no mathematics that can be read")
     marked = marked_text(text).strip()
     found = parse(_formula(marked) if marked else text, parsing_timeout=None)
+    written = next((reading for reading in found if isinstance(reading, str)), "")
+    if is_number(reference) and not _carried_out(written, reference):
+        return False
     return verify(gold, found, timeout_seconds=None)
 
 
 def prepare() -> None:
     """Imports and first-use tables (0.5 s), before any time limit runs."""
     equal("1", "1")
+
+
+def _carried_out(written: str, reference: str) -> bool:
+    """Whether an answer to a number is one, not a calculation of it. Of 9 + 1 = 10 the right side is the answer."""
+    result = written.rpartition("=")[2]
+    whole = "/" not in reference and "." not in reference
+    return not (_OPERATION.search(result) or (whole and _QUOTIENT.search(result)))
 
 
 def _formula(text: str) -> str:

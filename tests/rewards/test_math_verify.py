@@ -18,7 +18,11 @@ PAID = [
     ("The answer is 12.", "12"),
     ("<answer>12</answer>", "12"),
     (r"\boxed{12.0} after 3 steps", "12"),
-    (r"so \boxed{\sqrt{144}}", "12"),
+    (r"\boxed{9 + 1 = 10}", "10"),
+    ("9 + 1 = 10", "10"),
+    (r"\boxed{-\frac{1}{2}}", "-0.5"),
+    (r"\boxed{\left(3\right)}", "3"),
+    (r"so \boxed{\sqrt{8}}", r"2\sqrt{2}"),
     ("0.5", r"\frac{1}{2}"),
     (r"\boxed{\frac{2}{4}}", "1/2"),
     (r"\boxed{\frac{2}{\sqrt{2}}}", r"\sqrt{2}"),
@@ -52,6 +56,20 @@ UNPAID = [
     ("<answer>10, 11, 12</answer>", "12"),
     ("<answer>12 or 13</answer>", "12"),
     (r"\boxed{12 = 13}", "12"),
+    ("To solve the equation 9 + 1 =, we can start by", "10"),  # the question repeated
+    (r"\boxed{9 + 1}", "10"),
+    ("<answer>9+1</answer>", "10"),
+    ("$9+1$", "10"),
+    ("<answer>12 - 2</answer>", "10"),
+    (r"<answer>2 \times 5</answer>", "10"),
+    ("<answer>2 * 5</answer>", "10"),
+    ("<answer>2(5)</answer>", "10"),
+    ("<answer>20/2</answer>", "10"),
+    (r"\boxed{\frac{20}{2}}", "10"),
+    (r"\boxed{\sqrt{100}}", "10"),
+    (r"\boxed{3^2}", "9"),
+    ("3!", "6"),
+    (r"\boxed{10 = 9 + 1}", "10"),
     (r"\boxed{11} 12", "12"),  # the marked one is what it commits to
     (r"\boxed{1.41421}", r"\sqrt{2}"),
     ("$x^2$", "y^2"),
@@ -70,12 +88,14 @@ def test_unpaid(completion, answer):
     assert score(completion, answer, {}) == 0.0
 
 
-@pytest.mark.parametrize("text", ["9**9**9**9", r"\boxed{9^{9^{9^9}}}", r"$\boxed{(((9!)!)!)}$"])
+@pytest.mark.parametrize(
+    "text", [r"\boxed{9^{9^{9^9}}}", r"$\boxed{(((9!)!)!)}$", r"\boxed{" + "{" * 3000 + "}" * 3001]
+)
 def test_an_endless_comparison_ends_and_the_next_is_right(text):
     hasty = math_verify(MathVerifyOptions(time_limit=0.3))
     start = time.monotonic()
     with pytest.raises(BoundedError, match=r"^TimeoutError: no result within its time_limit"):
-        hasty(text, "12", {})
+        hasty(text, "x^2", {})
     assert time.monotonic() - start < 15
     assert score("12", "12", {}) == 1.0
 
