@@ -58,8 +58,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A completion with its reward. `error` is the reward function's exception, if it raised (the reward is then 0).
+    """A completion with its reward. `error` says what failed of the reward, if something did (the reward is then 0).
 
+    `parts` holds each part's name and value, not yet weighted (None: that part failed), in the recipe's order; it is
+    empty where no function was asked (`reward.truncated: penalize`).
     `counts` is False when the completion must not take part in the loss (cut by the length limit under
     `reward.truncated: mask`): it keeps its reward in the group's statistics and gets no loss weight.
     """
@@ -68,6 +70,7 @@ class Rollout:
     reward: float
     error: str | None = None
     counts: bool = True
+    parts: tuple[tuple[str, float | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

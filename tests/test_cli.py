@@ -156,9 +156,22 @@ MISTAKES = {
         {"reward": {"function": "no_such_package:score"}}, [], 4,
         r"reward\.function='no_such_package:score': module no_such_package does not import .*; it is looked for in .*",
     ),
+    "wrong signature": (
+        {"reward": {"function": "wrong:score"}}, [], 4,
+        r"reward\.function='wrong:score' has the signature \(text\) \(too many positional arguments\), but is called "
+        r"with three positional arguments: the completion's text, the answer \(or None\) and the data row",
+    ),
+    "unknown reward option": (
+        {"reward": {"function": "regex", "options": {"patern": "a"}}}, [], 2,
+        r".*reward\.options\.patern is no option of regex; did you mean 'pattern'\?",
+    ),
+    "length that is never reached": (
+        {"reward": {"function": "length", "options": {"start": 4}}}, [], 2,
+        r".*reward\.options\.start=4 is not below end=4 and .*; lower start",
+    ),
     "no answers for exact": (
         {"reward": {"function": "exact"}, "data": {"heldout": 0}}, [], 3,
-        r".*data\.jsonl:1 has no 'answer', which reward\.function=exact compares with; name the field .*",
+        r".*data\.jsonl:1 has no answer, which reward\.function=exact compares with; name the field .*",
     ),
     "unwritable run directory": (
         {"run": {"directory": "malformed"}}, [], 2,
@@ -179,6 +192,7 @@ def here(model, tmp_path, monkeypatch):
     (tmp_path / "empty_line").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
     (tmp_path / "malformed").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n')
     (tmp_path / "empty").write_text("")
+    (tmp_path / "wrong.py").write_text("def score(text): return 1.0\n")
     (tmp_path / "long").write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "x" * 200}) + "\n")
     (tmp_path / "mamba").mkdir()
     config = json.loads((model / "config.json").read_text()) | {"architectures": ["MambaForCausalLM"]}
@@ -265,6 +279,29 @@ def test_two_real_ranks_end_at_once(here, recipe, starter):
         assert len(said) == len(done.stderr.splitlines())
     assert str(ROOT / "grpo_mega") not in done.stderr  # no traceback of ours
     assert done.seconds < 60
+
+
+def test_a_reward_that_is_down_ends_every_rank_with_its_reason(here, recipe):
+    (here / "judge.py").write_text("def judge(texts, answers, rows):\n    raise ConnectionError('no judge at 8000')\n")
+    parts = {"judge": {"function": "judge:judge", "batch": True}, "short": {"function": "length"}}
+    path = recipe(reward={"function": None, "parts": parts}, run={"num_steps": 9}, data={"heldout": 0})
+    done = command(path, "--ranks", "2", cwd=here)
+    assert done.returncode == 4, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("grpo-mega rank ")]
+    assert 1 <= len(said) <= 2 and all(
+        re.fullmatch(
+            r"grpo-mega rank [01]: the reward failed for every completion of 3 steps in a row, first at prompt 4, "
+            r"completion 0: judge: ConnectionError: no judge at 8000; mend the function and start again: .*",
+            line,
+        )
+        for line in said
+    )
+    assert "(4 errors, first at prompt 0, completion 0: judge: ConnectionError" in done.stdout
+    metrics = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["reward"], line["reward_errors"], line["reward/judge"]) for line in metrics] == [(0.0, 4, None)] * 2
+    assert all(-1 <= line["reward/short"] < 0 for line in metrics)
+    rollouts = [json.loads(line) for file in (here / "run" / "rollouts").iterdir() for line in file.open()]
+    assert len(rollouts) == 12 and all(row["error"].startswith("judge: ") for row in rollouts)
 
 
 def test_a_real_process_refuses_at_once(here, recipe):

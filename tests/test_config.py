@@ -194,3 +194,81 @@ def test_a_recipe_from_mappings_names_itself():
     assert isinstance(validate_recipe(tree), Recipe)
     with pytest.raises(ConfigError, match=r"^recipe: unknown key run.stepps; "):
         validate_recipe({**tree, "run": {"directory": "o", "stepps": 3}})
+
+
+# ---- rewards
+
+
+def test_a_reward_is_one_function_or_parts(load):
+    assert load().reward == load(LEAST + "reward: {function: exact}\n").reward
+    assert list(load().reward.all_parts) == ["exact"]
+    own = load(LEAST + "reward: {function: 'my:score', options: {scale: 2}, batch: true}\n").reward.all_parts
+    assert {name: part.model_dump() for name, part in own.items()} == {
+        "my:score": {"function": "my:score", "weight": 1.0, "options": {"scale": 2}, "batch": True}
+    }
+    recipe = load(
+        LEAST + "reward:\n  parts:\n    right: {function: math_verify, weight: 2}\n    tags: {function: format}\n",
+        *("--reward.parts.tags.weight", "0.5", "--reward.parts.tags.options.tags", "[plan, answer]"),
+        *("--reward.parts.short.function", "soft_overlong", "--reward.parts.short.options.cache=64"),
+    )
+    assert {name: (part.function, part.weight, part.options) for name, part in recipe.reward.all_parts.items()} == {
+        "right": ("math_verify", 2.0, {"time_limit": 5.0}),  # defaults are written out
+        "tags": ("format", 0.5, {"tags": ("plan", "answer"), "opened": False}),
+        "short": ("soft_overlong", 1.0, {"cache": 64}),
+    }
+    assert load(to_yaml(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("function: exakt",
+         "reward.function='exakt' is neither package.module:function (my_rewards:score for score() in ./my_rewards.py) "
+         "nor built in; did you mean 'exact'?"),
+        ("function: pay.score", "reward.function='pay.score' is neither package.module:function"),
+        ("function: ':score'", "reward.function=':score' is neither package.module:function"),
+        ("function: 'pay:'", "reward.function='pay:' is neither package.module:function"),
+        ("function: 3", "reward.function=3 was not read as text; put it in quotes"),
+        ("options: 3", "reward.options=3 should be a mapping"),
+        ("functon: exact", "unknown key reward.functon; did you mean 'function'?"),
+        ("options: {time_limit: 3}", "reward.options.time_limit is no option of exact; it has none, leave it out"),
+        ("batch: true", "reward.batch=true is for functions of your own; leave it out for exact"),
+        ("parts: [1]", "reward.parts=[1] should be a mapping"),
+        ("parts: {a: length}", "reward.parts.a='length' is no mapping; write {function: ...}"),
+        ("parts: {a: {}}", "reward.parts.a.function is missing and has no default; write it in the recipe or pass "),
+        ("parts: {a b: {function: exact}}", "reward.parts: 'a b' cannot name a part; use letters, digits, _ and -"),
+        ("parts: {1: {function: exact}}", "reward.parts: 1 cannot name a part; "),
+        ("parts: {a: {function: exact, wieght: 1}}", "unknown key reward.parts.a.wieght; did you mean 'weight'?"),
+        ("parts: {a: {function: exact, weight: .nan}}", "reward.parts.a.weight=nan should be a finite number"),
+        ("parts: {a: {function: exatc}}", "reward.parts.a.function='exatc' is neither package.module:function"),
+        ("function: exact, parts: {a: {function: exact}}", "reward.function and reward.parts are both given; "),
+        ("parts: {a: {function: regex, options: {patern: x}}}",
+         "reward.parts.a.options.patern is no option of regex; did you mean 'pattern'?"),
+        ("function: regex", "reward.options.pattern is missing; regex cannot do without it"),
+        ("function: regex, options: {pattern: ''}", "reward.options.pattern='' should have at least 1 character"),
+        ("function: regex, options: {pattern: '(a'}",
+         "reward.options.pattern='(a' is no regular expression (missing ), unterminated subpattern at position 0)"),
+        ("function: regex, options: {pattern: '(a)', group: 2}",
+         "reward.options.group=2 is not in the pattern '(a)', which has 1 groups; put"),
+        ("function: regex, options: {pattern: '(a)', group: x}", "reward.options.group='x' is not in the pattern"),
+        ("function: regex, options: {pattern: a, match: whole}",
+         "reward.options.match='whole' should be 'search' or 'fullmatch'"),
+        ("function: format, options: {tags: []}", "reward.options.tags=[] should have at least 1 item"),
+        ("function: format, options: {tags: [<a>]}", "reward.options.tags: '<a>' is no tag's name; write think for "),
+        ("function: format, options: {tags: [a, a]}", "reward.options.tags=['a', 'a'] names a tag twice"),
+        ("function: length, options: {shape: cubic}", "reward.options.shape='cubic' should be 'linear' or 'cosine'"),
+        ("function: length, options: {start: -1}", "reward.options.start=-1 should be greater than or equal to 0"),
+        ("function: soft_overlong", "reward.options.cache is missing; soft_overlong cannot do without it"),
+        ("function: soft_overlong, options: {cache: 0}", "reward.options.cache=0 should be greater than or equal to 1"),
+        ("function: length, options: {start: 256}",
+         "reward.options.start=256 is not below end=256 and sampling.max_completion_tokens=256: the penalty would"),
+        ("function: length, options: {start: 300, end: 400}", "reward.options.start=300 is not below end=400 and "),
+        ("function: length, options: {start: 30, end: 30}", "reward.options.start=30 is not below end=30 and "),
+        ("parts: {long: {function: soft_overlong, options: {cache: 257}}}",
+         "reward.parts.long.options.cache=257 exceeds sampling.max_completion_tokens=256; lower it (DAPO"),
+        ("function: math_verify, options: {time_limit: 0}", "reward.options.time_limit=0 should be greater than 0"),
+        ("function: reasoning_gym, options: {strict: 1}", "reward.options.strict=1 should be a valid boolean"),
+    ],
+)  # fmt: skip
+def test_what_a_reward_must_not_say(load, reward, message):
+    assert refused(load, LEAST + f"reward: {{{reward}}}\n").startswith(message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from grpo_mega.config.base import Section
+from grpo_mega.config.base import Section, nearest
 from grpo_mega.config.recipe import Recipe
 from grpo_mega.errors import ConfigError
 
@@ -67,7 +66,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for key, value in _parse_overrides(overrides):
         section, _, name = key.partition(".")
         if section not in Recipe.model_fields:
-            raise ConfigError(f"--{key} names no recipe section{_nearest(section, Recipe.model_fields)}")
+            raise ConfigError(f"--{key} names no recipe section{nearest(section, Recipe.model_fields)}")
         if not name:
             if not isinstance(value, dict):
                 raise ConfigError(f"--{key} names a section; write --{key}.key value, or --{key} '{{key: value}}'")
@@ -90,7 +89,7 @@ def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
 def _check_sections(tree: dict[Any, Any], origin: str) -> None:
     for section, value in tree.items():
         if section not in Recipe.model_fields:
-            raise ConfigError(f"{origin}: unknown section {section!r}{_nearest(str(section), Recipe.model_fields)}")
+            raise ConfigError(f"{origin}: unknown section {section!r}{nearest(str(section), Recipe.model_fields)}")
         if value is not None and not isinstance(value, dict):
             raise ConfigError(f"{origin}: section {section!r} holds {value!r}; write its keys below it, indented")
 
@@ -135,11 +134,6 @@ def _set(section: dict[str, Any], name: str, value: Any, key: str) -> None:
     _set(child, tail, value, key)
 
 
-def _nearest(word: str, known: Any) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
-
-
 def _yaml_reason(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     reason = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -150,7 +144,7 @@ def _describe(item: Any) -> str:
     """One problem as a sentence: a validator's message continues "section.key=value ..." unless it names its keys."""
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {where}{_nearest(str(item['loc'][-1]), _fields(item['loc'][0]))}"
+        return f"unknown key {where}{nearest(str(item['loc'][-1]), _fields(item['loc'][0]))}"
     if item["type"] == "missing":
         if len(item["loc"]) == 1:
             return f"section {where} is missing; write {where}: and its keys below it"

@@ -160,6 +160,7 @@ class Recipe(Section):
             raise ValueError(
                 f"optimizer.min_lr={self.optimizer.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower min_lr"
             )
+        self.reward.check_lengths(self.sampling.max_completion_tokens)
         return self
 
     @property

@@ -2,13 +2,194 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from grpo_mega.config.base import Section
+from pydantic import Field, ValidationError, model_validator
+
+from grpo_mega.config.base import Name, NonNegative, Positive, Section, nearest
+
+CpuSeconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class NoOptions(Section):
+    """`exact` has nothing to set."""
+
+
+class ReasoningGymOptions(Section):
+    strict: bool = True  # count only a full score; false: what the task's scorer gives
+    tasks: dict[str, dict[str, Any]] = Field(default_factory=dict)  # task -> its parameters, where scorers read them
+    time_limit: CpuSeconds = 5.0  # of one completion
+
+
+class MathVerifyOptions(Section):
+    time_limit: CpuSeconds = 5.0
+
+
+class RegexOptions(Section):
+    pattern: Name
+    match: Literal["search", "fullmatch"] = "search"
+    group: NonNegative | Name | None = None  # the group whose text must equal the answer; default: a match is enough
+    time_limit: CpuSeconds = 1.0
+
+    @model_validator(mode="after")
+    def _compiles(self) -> RegexOptions:
+        try:
+            pattern = re.compile(self.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"pattern={self.pattern!r} is no regular expression ({error}); mend it") from None
+        known = range(pattern.groups + 1) if isinstance(self.group, int) else pattern.groupindex
+        if self.group is not None and self.group not in known:
+            raise ValueError(
+                f"group={self.group!r} is not in the pattern {self.pattern!r}, which has {pattern.groups} groups; put "
+                "parentheses around the answer there"
+            )
+        return self
+
+
+class FormatOptions(Section):
+    tags: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)] = ("think", "answer")
+    opened: bool = False  # the prompt's template ends in the first opening tag, so that completions lack it
+
+    @model_validator(mode="after")
+    def _tags(self) -> FormatOptions:
+        for tag in self.tags:
+            if re.search(r"[<>/\s]", tag):
+                raise ValueError(f"tags: {tag!r} is no tag's name; write think for <think>...</think>")
+        if len(set(self.tags)) < len(self.tags):
+            raise ValueError(f"tags={list(self.tags)} names a tag twice; each stands once in a completion")
+        return self
+
+
+class LengthOptions(Section):
+    shape: Literal["linear", "cosine"] = "linear"
+    start: NonNegative = 0  # tokens that cost nothing
+    end: Positive | None = None  # tokens at which the penalty is -1; default: sampling.max_completion_tokens
+
+
+class SoftOverlongOptions(Section):
+    cache: Positive  # L_cache: the last tokens before sampling.max_completion_tokens, over which the penalty grows
+
+
+OPTIONS: dict[str, type[Section]] = {
+    "exact": NoOptions,
+    "reasoning_gym": ReasoningGymOptions,
+    "math_verify": MathVerifyOptions,
+    "regex": RegexOptions,
+    "format": FormatOptions,
+    "length": LengthOptions,
+    "soft_overlong": SoftOverlongOptions,
+}
+
+
+class PartConfig(Section):
+    """One function of a reward. Of a built-in one the options are complete, defaults written out."""
+
+    function: str  # a name of OPTIONS, or package.module:function
+    weight: float = 1.0  # 0: only logged
+    options: dict[str, Any] = Field(default_factory=dict)  # a function of your own gets them as keyword arguments
+    batch: bool = False  # of your own: called with lists, once a step and replica
 
 
 class RewardConfig(Section):
-    function: str = "exact"  # exact, or package.module:function
+    function: str | None = None  # the only part, of weight 1; default: exact
+    options: dict[str, Any] = Field(default_factory=dict)
+    batch: bool = False
+    parts: dict[str, PartConfig] = Field(default_factory=dict)  # or several: the reward is their weighted sum
     # what a completion cut by the length limit gets: its reward, no part in the loss, or `truncation_reward`
     truncated: Literal["reward", "mask", "penalize"] = "reward"
     truncation_reward: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checked(cls, tree: Any) -> Any:
+        """Functions and options are looked at here, where a message can name the part."""
+        if not isinstance(tree, Mapping) or not isinstance(tree.get("parts") or {}, Mapping):
+            return tree
+        tree, single = dict(tree), ("function", "options", "batch")
+        if not tree.get("parts"):
+            part = {key: tree[key] for key in single if key in tree}
+            return tree | _checked_part("reward", {**part, "function": part.get("function") or "exact"})
+        for key in single:
+            if tree.get(key):
+                raise ValueError(f"reward.{key} and reward.parts are both given; move reward.{key} into a part")
+        tree["parts"] = {name: _checked_part(_where(name), part) for name, part in tree["parts"].items()}
+        return tree
+
+    @property
+    def all_parts(self) -> dict[str, PartConfig]:
+        """Every part by its name in metrics and errors; the only part has its function's name."""
+        if self.function is None:
+            return dict(self.parts)
+        return {self.function: PartConfig(function=self.function, options=self.options, batch=self.batch)}
+
+    def check_lengths(self, max_completion_tokens: int) -> None:
+        """Raise ValueError for a length penalty that completions of at most `max_completion_tokens` never meet."""
+        for name, part in self.all_parts.items():
+            where = f"{self.key(name)}.options"
+            if part.function == "length":
+                end = part.options["end"] or max_completion_tokens
+                if part.options["start"] >= min(end, max_completion_tokens):
+                    raise ValueError(
+                        f"{where}.start={part.options['start']} is not below end={end} and sampling."
+                        f"max_completion_tokens={max_completion_tokens}: the penalty would never be paid; lower start"
+                    )
+            if part.function == "soft_overlong" and part.options["cache"] > max_completion_tokens:
+                raise ValueError(
+                    f"{where}.cache={part.options['cache']} exceeds sampling.max_completion_tokens="
+                    f"{max_completion_tokens}; lower it (DAPO's is a fifth)"
+                )
+
+    def key(self, name: str) -> str:
+        """Where the recipe says what the part `name` is."""
+        return "reward" if self.function is not None else f"reward.parts.{name}"
+
+
+def _where(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"reward.parts: {name!r} cannot name a part; use letters, digits, _ and -")
+    return f"reward.parts.{name}"
+
+
+def _checked_part(where: str, part: Any) -> Any:
+    """The part with its built-in function's options complete; raises ValueError naming the key, value and remedy."""
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{where}={part!r} is no mapping; write {{function: ...}}")
+    for key in part:
+        if key not in PartConfig.model_fields:
+            raise ValueError(f"unknown key {where}.{key}{nearest(str(key), PartConfig.model_fields)}")
+    function, options = part.get("function"), part.get("options") or {}
+    if not isinstance(function, str) or not isinstance(options, Mapping):
+        return part  # for the sections' own checks
+    if function not in OPTIONS:
+        module, colon, name = function.partition(":")
+        if not (module and colon and name):
+            raise ValueError(
+                f"{where}.function={function!r} is neither package.module:function (my_rewards:score for score() in "
+                f"./my_rewards.py) nor built in{nearest(function, OPTIONS)}"
+            )
+        return part
+    if part.get("batch"):
+        raise ValueError(f"{where}.batch=true is for functions of your own; leave it out for {function}")
+    return {**part, "options": _checked_options(f"{where}.options", function, options)}
+
+
+def _checked_options(where: str, function: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return OPTIONS[function].model_validate(dict(options)).model_dump()
+    except ValidationError as error:
+        # a misspelt option before the one that is missing for it
+        item = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    key = ".".join([where, *map(str, item["loc"])])
+    message = item["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^\w+ should", "should", message)
+    if item["type"] == "extra_forbidden":
+        known = OPTIONS[function].model_fields
+        what = nearest(str(item["loc"][-1]), known) if known else "; it has none, leave it out"
+        raise ValueError(f"{key} is no option of {function}{what}")
+    if item["type"] == "missing":
+        raise ValueError(f"{key} is missing; {function} cannot do without it")
+    if item["type"] == "value_error":
+        raise ValueError(f"{where}.{message}")
+    raise ValueError(f"{key}={item['input']!r} {message}")

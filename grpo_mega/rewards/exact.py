@@ -57,7 +57,7 @@ def exact(completion: str, answer: str | None, row: Mapping[str, Any]) -> float:
     if answer is None:
         raise RewardError("the prompt has no reference answer for reward.function=exact; check data.answer_field")
     reference = answer.rpartition("####")[2].strip()
-    numeric = _NUMBER.fullmatch(reference) is not None
+    numeric = is_number(reference)
     found = extract_answer(completion, numeric=numeric)
     if found is None:
         return 0.0
@@ -75,7 +75,7 @@ def extract_answer(text: str, *, numeric: bool = True) -> str | None:
     text = text[-MAX_CHARS:]
     for pattern, plain in _LATEX:
         text = pattern.sub(plain, text)
-    marked = _marked(text)
+    marked = marked_text(text)
     if numeric:
         number = _last(_NUMBER, marked) or _last(_NUMBER, text)
         return _plain_number(number[0]) if number else None
@@ -83,12 +83,21 @@ def extract_answer(text: str, *, numeric: bool = True) -> str | None:
     return _plain_words(marked) or (_plain_words(lines[-1]) if lines else None)
 
 
-def _marked(text: str) -> str:
-    """What the marker that begins last holds; "" without a marker."""
+def is_number(reference: str) -> bool:
+    """Whether a reference answer is read as a number: "12", "$1,200.50", "3/4"."""
+    return _NUMBER.fullmatch(reference.strip()) is not None
+
+
+def marked_text(text: str, *, clauses: bool = True) -> str:
+    """What the marker that begins last holds, as written, within the last MAX_CHARS; "" without a marker.
+
+    clauses: whether "answer is ..." and "#### 12", which end with their line, are markers too.
+    """
+    text = text[-MAX_CHARS:]
     found = [_last_boxed(text)]
-    if hashes := _last(_HASHES, text):
+    if clauses and (hashes := _last(_HASHES, text)):
         found.append((hashes.start(1), hashes[1]))
-    for marker, end in ((_TAG, _END_OF_TAG), (_CLAUSE, _END_OF_CLAUSE)):
+    for marker, end in ((_TAG, _END_OF_TAG), (_CLAUSE, _END_OF_CLAUSE))[: 1 + clauses]:
         if match := _last(marker, text):
             stop = end.search(text, match.end())
             found.append((match.end(), text[match.end() : stop.start() if stop else None]))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.device import peak_memory_bytes
-from grpo_mega.rewards.score import score_group
+from grpo_mega.rewards.score import first_fault, score_groups, unscored_steps
 from grpo_mega.trainer import checkpoint
 from grpo_mega.trainer.batches import minibatches, with_logprobs
 from grpo_mega.trainer.records import group_metrics
@@ -23,6 +23,7 @@ def train(run: Run, start: int = 0) -> None:
     """Run the recipe's steps from `start` on; every rank calls, the writing rank records."""
     recipe, mesh, progress, policy = run.recipe, run.mesh, run.progress, run.policy
     steps, group_size, mu = recipe.run.num_steps, recipe.grpo.group_size, recipe.grpo.num_iterations
+    unscored = 0
     for step in range(start, steps):
         progress.begin(f"step {step + 1:>{len(str(steps))}}/{steps}")
         prompts = run.inputs.prompts.next(recipe.batch.prompts_per_step)
@@ -34,7 +35,9 @@ def train(run: Run, start: int = 0) -> None:
             everything = record_rollouts(run, step, groups)
         metrics = group_metrics(everything)
         errors = int(metrics["reward_errors"].total)
-        progress.note(f"reward {metrics['reward'].value():.3f}" + (f" ({errors} errors)" if errors else ""))
+        faults = f" ({errors} errors, {first_fault(everything)})" if errors else ""
+        progress.note(f"reward {metrics['reward'].value():.3f}{faults}")
+        unscored = unscored_steps(everything, unscored)  # ends the run, on every rank alike
         with progress.phase("log-probs"):
             parts = minibatches(groups, mine, recipe, mesh, policy.dtype)
             parts = [logprobs_of(run, batches, on_policy=mu == len(parts) == 1) for batches in parts]
@@ -56,10 +59,9 @@ def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Co
     groups = None
     if run.mesh.leads_replica:
         reward, rule = run.inputs.reward, run.recipe.reward
-        groups = [
-            score_group(prompt, several, reward, truncated=rule.truncated, truncation_reward=rule.truncation_reward)
-            for prompt, several in zip(prompts, completions, strict=True)
-        ]
+        groups = score_groups(
+            prompts, completions, reward, truncated=rule.truncated, truncation_reward=rule.truncation_reward
+        )
     return collectives.broadcast_object(groups, run.mesh.replica.group)
 
 
@@ -118,8 +120,10 @@ def evaluate(run: Run, steps_done: int) -> tuple[float, list[Group]]:
     completions = run.sampler.sample(prompts, mine, EVALUATION_COMPLETIONS, steps_done)
     shares = collectives.gather_objects(score(run, [prompts[i] for i in mine], completions), run.mesh.data.group)
     groups = sorted((g for share in shares for g in share), key=lambda group: -group.prompt.index)
-    reward = group_metrics(groups)["reward"].value()
-    run.progress.end(f": {reward:.3f} ({len(groups)} problems x {EVALUATION_COMPLETIONS} completions)")
+    metrics = group_metrics(groups)
+    reward, errors = metrics["reward"].value(), int(metrics["reward_errors"].total)
+    faults = f"; {errors} errors, {first_fault(groups)}" if errors else ""
+    run.progress.end(f": {reward:.3f} ({len(groups)} problems x {EVALUATION_COMPLETIONS} completions{faults})")
     if run.mesh.is_writer:
         run.inputs.directory.append("evaluations.jsonl", {"step": steps_done, "reward": reward})
     return reward, groups

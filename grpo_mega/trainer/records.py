@@ -11,7 +11,7 @@ from typing import Any
 from grpo_mega.config import Recipe, load_recipe, to_yaml
 from grpo_mega.errors import ConfigError
 from grpo_mega.objective.advantages import is_degenerate
-from grpo_mega.types import Group, Mean, Metrics
+from grpo_mega.types import Group, Mean, Metrics, Rollout
 
 # settings that a resumed run may change: where, how long and in what portions, not what a step computes
 FREE_SECTIONS = ("parallel",)
@@ -26,6 +26,9 @@ FREE_KEYS = {
 def group_metrics(groups: Sequence[Group]) -> Metrics:
     """What a step sampled and scored: means over completions, and three counts.
 
+    reward/NAME, of a reward of several parts: the part's mean, before its weight, over the completions it was asked
+    about and did not fail on.
+
     reward_errors: completions whose reward function failed. degenerate_groups: groups whose rewards are all equal, so
     that they teach nothing. near_boundary_draws: draws that rounding could have decided otherwise.
     """
@@ -39,7 +42,14 @@ def group_metrics(groups: Sequence[Group]) -> Metrics:
         "completion_tokens": Mean(sum(len(completion.token_ids) for completion in completions), count),
         "truncated": Mean(sum(completion.finish_reason == "length" for completion in completions), count),
         "near_boundary_draws": Mean(sum(completion.near_boundary for completion in completions), 1),
+        **_part_metrics(rollouts),
     }
+
+
+def _part_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    names = {name for rollout in rollouts for name, _ in rollout.parts}
+    values = {name: [v for r in rollouts for n, v in r.parts if n == name and v is not None] for name in names}
+    return {f"reward/{name}": Mean(sum(of), len(of)) for name, of in values.items()} if len(names) > 1 else {}
 
 
 def _is_degenerate(group: Group) -> bool:
@@ -96,6 +106,7 @@ class RunDirectory:
                     "text": rollout.completion.text,
                     "answer": group.prompt.answer,
                     "reward": rollout.reward,
+                    "parts": dict(rollout.parts),
                     "error": rollout.error,
                     "counts": rollout.counts,
                     "finish_reason": rollout.completion.finish_reason,

@@ -12,7 +12,7 @@ from grpo_mega.config import Recipe
 from grpo_mega.data.prompts import PromptStream, Renderer, heldout_prompts
 from grpo_mega.data.rows import load_rows
 from grpo_mega.data.tokenizer import ChatTokenizer, load_tokenizer
-from grpo_mega.errors import ConfigError, DataError
+from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture, read_architecture
 from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.copy import WeightCopy
@@ -22,7 +22,7 @@ from grpo_mega.model.specs import TrunkModel
 from grpo_mega.objective.grpo import grpo_loss
 from grpo_mega.parallel.mesh import Mesh, another_layout
 from grpo_mega.parallel.truncation import Truncation
-from grpo_mega.rewards.resolve import RewardFunction, resolve_reward
+from grpo_mega.rewards.resolve import Part, check_row, resolve_reward
 from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply, sampling_layout
@@ -40,7 +40,7 @@ class Inputs:
     tokenizer: ChatTokenizer
     prompts: PromptStream
     heldout: list[Prompt]
-    reward: RewardFunction
+    reward: tuple[Part, ...]
     directory: RunDirectory
     layers: tuple[int, ...]
 
@@ -62,14 +62,10 @@ class Run:
 def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     """Read and check all inputs; every rank does it alone and fails alike. Raises GrpoMegaError."""
     arch = check_cheaply(recipe, world_size)
-    reward = resolve_reward(recipe.reward.function)
+    reward = resolve_reward(recipe.reward, recipe.sampling.max_completion_tokens)
     training, heldout = load_rows(recipe.data, recipe.run.seed)
     for row in (*training, *heldout):
-        if recipe.reward.function == "exact" and row["answer"] is None:
-            raise DataError(
-                f"{row['origin']} has no {recipe.data.answer_field!r}, which reward.function=exact compares with; name "
-                "the field that holds the answer in data.answer_field, or use a reward function of your own"
-            )
+        check_row(recipe.reward, row["origin"], row["answer"], row["fields"])
     tokenizer = load_tokenizer(recipe.model.path)
     if tokenizer.vocab_size > arch.vocab_size:
         raise ConfigError(

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_mega.rewards.score import score_group
-from grpo_mega.types import Completion, Group, Prompt
+from grpo_mega.errors import RewardError
+from grpo_mega.rewards.resolve import Part
+from grpo_mega.rewards.score import UNSCORED_STEPS, first_fault, score_groups, unscored_steps
+from grpo_mega.types import Completion, Group, Prompt, Rollout
 
 PROMPT = Prompt(index=3, text="7 + 5 =", token_ids=(1, 2), answer="12", row={"level": 2})
 
@@ -18,7 +20,10 @@ def completion(text: str, reason: Any = "stop") -> Completion:
 
 
 def score(completions: list[Completion], reward: Any, truncated: Any = "reward") -> Group:
-    return score_group(PROMPT, completions, reward, truncated=truncated, truncation_reward=-0.5)
+    """With one part, which is called `own`, or with the parts given."""
+    parts = reward if isinstance(reward, list) else [Part("own", 1.0, reward)]
+    (group,) = score_groups([PROMPT], [completions], parts, truncated=truncated, truncation_reward=-0.5)
+    return group
 
 
 def outcomes(group: Group) -> list[tuple[float, str | None, bool]]:
@@ -82,8 +87,8 @@ def test_a_fault_costs_that_completion_alone(reward: Any, error: str):
         return reward(text, answer, row) if text == "second" else 1.0
 
     group = score([completion("first"), completion("second"), completion("third")], on_second)
-    assert outcomes(group) == [(1.0, None, True), (0.0, error, True), (1.0, None, True)]
-    assert len(error) <= 200
+    assert outcomes(group) == [(1.0, None, True), (0.0, f"own: {error}"[:200], True), (1.0, None, True)]
+    assert [rollout.parts for rollout in group.rollouts] == [(("own", 1.0),), (("own", None),), (("own", 1.0),)]
 
 
 def test_an_interrupt_is_no_fault():
@@ -113,4 +118,160 @@ def test_completions_cut_by_the_length_limit(truncated: str, called: list[str], 
 
 def test_a_masked_completion_whose_reward_raises():
     group = score([completion("cut", "length")], raising(ValueError("no")), "mask")
-    assert outcomes(group) == [(0.0, "ValueError: no", False)]
+    assert outcomes(group) == [(0.0, "own: ValueError: no", False)]
+
+
+# ---- several parts
+
+
+def length(text: str, answer: str | None, row: Any, *, token_ids: Any) -> float:
+    return -float(len(token_ids))
+
+
+def test_parts_are_weighted_added_and_kept_apart():
+    parts = [
+        Part("right", 2.0, lambda text, answer, row: float(text == answer)),
+        Part("short", 0.25, length, extras=("token_ids",)),
+        Part("watched", 0.0, lambda text, answer, row: 7),
+    ]
+    group = score([completion("12"), completion("13")], parts)
+    assert outcomes(group) == [(1.5, None, True), (-0.5, None, True)]  # 2 * 1 - 2 / 4, 2 * 0 - 2 / 4
+    assert group.rollouts[0].parts == (("right", 1.0), ("short", -2.0), ("watched", 7.0))
+
+
+def test_the_part_that_failed_is_named_and_the_others_are_kept():
+    parts = [
+        Part("right", 1.0, lambda text, answer, row: 1.0),
+        Part("judge", 0.0, raising(ConnectionError("refused"))),  # of weight 0: a fault all the same
+        Part("odd", 1.0, lambda text, answer, row: math.nan),
+    ]
+    (rollout,) = score([completion("12")], parts).rollouts
+    assert rollout.reward == 0.0
+    assert rollout.error == (
+        "judge: ConnectionError: refused; odd: ValueError: the reward function returned nan, not a finite number"
+    )
+    assert rollout.parts == (("right", 1.0), ("judge", None), ("odd", None))
+
+
+def test_a_sum_beyond_numbers():
+    parts = [Part(name, 1e200, lambda text, answer, row: 1e200) for name in "ab"]
+    (rollout,) = score([completion("12")], parts).rollouts
+    assert (rollout.reward, rollout.parts) == (0.0, (("a", 1e200), ("b", 1e200)))
+    assert rollout.error == "ValueError: the weighted sum of {'a': 1e+200, 'b': 1e+200} is inf, not a finite number"
+
+
+def test_a_function_gets_the_keywords_that_it_asks_for():
+    seen = []
+
+    def reward(text: str, answer: str | None, row: Any, *, token_ids: Any, finish_reason: str) -> float:
+        seen.append((text, token_ids, finish_reason))
+        return 0.0
+
+    score(
+        [completion("a"), completion("b", "length")], [Part("own", 1.0, reward, extras=("token_ids", "finish_reason"))]
+    )
+    assert seen == [("a", (5, 6), "stop"), ("b", (5, 6), "length")]
+
+
+# ---- batch functions
+
+SECOND = Prompt(index=4, text="1 + 1 =", token_ids=(3,), answer=None, row={"level": 1})
+
+
+def batch(function: Any, texts: list[list[str]], truncated: Any = "reward", cut: str = "", **more: Any) -> list[Group]:
+    """Scores texts[k] for PROMPT and SECOND; a text equal to `cut` was cut by the length limit."""
+    completions = [[completion(text, "length" if text == cut else "stop") for text in several] for several in texts]
+    parts = [Part("judge", 2.0, function, batch=True, **more)]
+    return score_groups([PROMPT, SECOND], completions, parts, truncated=truncated, truncation_reward=-0.5)
+
+
+def test_a_batch_function_is_called_once_with_all_completions_of_all_prompts():
+    calls = []
+
+    def judge(texts: list[str], answers: list[Any], rows: list[Any], *, token_ids: list[Any]) -> Any:
+        calls.append((texts, answers, rows, token_ids))
+        return np.arange(len(texts), dtype=np.float32)
+
+    groups = batch(judge, [["a", "b"], ["c", "d"]], extras=("token_ids",))
+    assert calls == [
+        (["a", "b", "c", "d"], ["12", "12", None, None], [{"level": 2}] * 2 + [{"level": 1}] * 2, [(5, 6)] * 4)
+    ]
+    assert [group.prompt for group in groups] == [PROMPT, SECOND]
+    assert [[rollout.reward for rollout in group.rollouts] for group in groups] == [[0.0, 2.0], [4.0, 6.0]]
+
+
+def test_a_batch_function_is_not_asked_about_penalized_completions():
+    calls = []
+
+    def judge(texts: list[str], answers: list[Any], rows: list[Any]) -> list[float]:
+        calls.append(texts)
+        return [1.0] * len(texts)
+
+    groups = batch(judge, [["a", "cut"], ["cut", "d"]], "penalize", "cut")
+    assert calls == [["a", "d"]]
+    assert [outcomes(group) for group in groups] == [
+        [(2.0, None, True), (-0.5, None, True)],
+        [(-0.5, None, True), (2.0, None, True)],
+    ]
+    assert groups[0].rollouts[1].parts == ()
+    assert [outcomes(group) for group in batch(judge, [["cut"], ["cut"]], "penalize", "cut")] == [
+        [(-0.5, None, True)]
+    ] * 2
+    assert len(calls) == 1  # nothing was left to ask
+
+
+def test_one_bad_number_of_a_batch_costs_one_completion():
+    groups = batch(lambda *_: [1.0, math.inf, None, 0.5], [["a", "b"], ["c", "d"]])
+    assert [outcome for group in groups for outcome in outcomes(group)] == [
+        (2.0, None, True),
+        (0.0, "judge: ValueError: the reward function returned inf, not a finite number", True),
+        (0.0, "judge: TypeError: the reward function returned NoneType, not a number", True),
+        (1.0, None, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        (raising(TimeoutError("no judge")), "TimeoutError: no judge"),
+        (raising(SystemExit(1)), "SystemExit: 1"),
+        (lambda *_: [1.0] * 3, "ValueError: the batch function returned 3 results for 4 completions"),
+        (lambda *_: [], "ValueError: the batch function returned 0 results for 4 completions"),
+        (lambda *_: 1.0, "TypeError: 'float' object is not iterable"),
+        (lambda *_: None, "TypeError: 'NoneType' object is not iterable"),
+        (lambda *_: "1111", "TypeError: the batch function returned str, not a list of numbers"),
+        (lambda *_: dict.fromkeys(range(4), 1.0), "TypeError: the batch function returned dict, not a list of numbers"),
+        (lambda *_: {1.0, 2.0, 3.0, 4.0}, "TypeError: the batch function returned set, not a list of numbers"),
+    ],
+)
+def test_a_failed_batch_costs_all_its_completions(function: Any, error: str):
+    groups = batch(function, [["a", "b"], ["c", "d"]])
+    assert [outcome for group in groups for outcome in outcomes(group)] == [(0.0, f"judge: {error}", True)] * 4
+
+
+# ---- a reward that is down
+
+
+def group_of(*errors: str | None) -> Group:
+    return Group(PROMPT, tuple(Rollout(completion("x"), 0.0, error) for error in errors))
+
+
+def test_a_run_ends_when_nothing_is_scored_for_some_steps():
+    down, partly = [group_of("judge: E: 1", "judge: E: 2")] * 2, [group_of("judge: E: 1"), group_of(None)]
+    assert UNSCORED_STEPS == 3
+    assert unscored_steps(partly, 0) == unscored_steps(partly, 2) == 0
+    assert (unscored_steps(down, 0), unscored_steps(down, 1)) == (1, 2)
+    with pytest.raises(RewardError) as caught:
+        unscored_steps(down, 2)
+    assert str(caught.value) == (
+        "the reward failed for every completion of 3 steps in a row, first at prompt 3, completion 0: judge: E: 1; "
+        "mend the function and start again: the run goes on from its latest checkpoint"
+    )
+
+
+def test_the_first_fault():
+    assert (
+        first_fault([group_of(None, None), group_of(None, "a: E: x", "b")])
+        == "first at prompt 3, completion 1: a: E: x"
+    )
+    assert first_fault([group_of(None)]) == ""

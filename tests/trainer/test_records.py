@@ -25,7 +25,10 @@ def rollout(reward, text, *, reason="stop", near=0, **more):
 GROUPS = [
     Group(
         Prompt(6, "2+2=", (50, 43), answer="4"),
-        (rollout(1.0, "4"), rollout(0.0, "fünf", reason="length", near=2, counts=False)),
+        (
+            rollout(1.0, "4"),
+            rollout(0.0, "fünf", reason="length", near=2, counts=False, parts=(("exact", 0.0),)),
+        ),
     ),
     Group(
         Prompt(7, "1+1=", (49, 43), answer="2"),
@@ -45,6 +48,19 @@ def test_group_metrics_by_hand():
     }
 
 
+def test_means_of_a_rewards_parts_by_hand():
+    def group(*parts):
+        return Group(Prompt(0, "p", (1,)), tuple(rollout(0.0, "x", parts=several) for several in parts))
+
+    several = [
+        group((("right", 1.0), ("short", -0.5)), (("right", 0.0), ("short", None))),
+        group((), (("right", 0.5), ("short", -1.0))),  # the first was penalized: no part was asked
+    ]
+    metrics = {name: mean.value() for name, mean in group_metrics(several).items() if "/" in name}
+    assert metrics == {"reward/right": 0.5, "reward/short": -0.75}
+    assert not any("/" in name for name in group_metrics([group((("exact", 1.0),))]))  # one part is the reward
+
+
 def test_rollouts_are_a_line_a_completion(tmp_path):
     files = directory(tmp_path)
     files.open(1)
@@ -60,6 +76,7 @@ def test_rollouts_are_a_line_a_completion(tmp_path):
         "text": "fünf",
         "answer": "4",
         "reward": 0.0,
+        "parts": {"exact": 0.0},
         "error": None,
         "counts": False,
         "finish_reason": "length",
