@@ -78,8 +78,9 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     recompute: str = "none",
     trainable: bool = True,
+    tick: bridge.Tick = bridge.silent,
 ) -> TrunkModel:
-    """This rank's part of the model with the weights of `arch.folder`, read slice by slice.
+    """This rank's part of the model with the weights of `arch.folder`, read slice by slice; a tick for each.
 
     Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
     """
@@ -100,7 +101,7 @@ def build_model(
     model.rope = Rope(frequencies, factor, mesh.device, dtype)
     model.to(mesh.device)
     place = bridge.Place.of(mesh, layers)
-    bridge.load(model, arch, place)
+    bridge.load(model, arch, place, tick)
     _mark_tensor_parallel(model, arch, place)
     model.requires_grad_(trainable)
     return model

@@ -91,7 +91,7 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
     """Load policy and (with a KL term) reference onto the mesh, and put the sampler on the policy's weights."""
     dtype = DTYPES[recipe.precision.dtype]
     temperature = recipe.sampling.temperature
-    build = partial(build_model, mesh=mesh, parallel=recipe.parallel, dtype=dtype)
+    build = partial(build_model, mesh=mesh, parallel=recipe.parallel, dtype=dtype, tick=progress.tick)
     model = build(inputs.arch, recompute=recipe.model.recompute)
     vocab_size = inputs.arch.vocab_size
     policy = Policy(model, vocab_size, mesh, temperature, recipe.optimizer, recipe.run.num_steps)

@@ -55,7 +55,7 @@ def built(tree):
     recipe = validate_recipe(tree)
     inputs = read_inputs(recipe, mesh.world_size_from_environment())
     grid = mesh.initialize(recipe.parallel.tensor, recipe.parallel.pipeline)
-    return build_run(recipe, inputs, grid, Progress(False))
+    return build_run(recipe, inputs, grid, Progress(None))
 
 
 def contents(run, scratch):
