@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import GrpoMegaError
+
+LAUNCHER_SECONDS = 2.0  # a launcher needs to see that a rank has failed and to end the others
 
 
 def main() -> None:
@@ -92,7 +95,13 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
         quiet_megatron()
         from grpo_mega.trainer.main import train
 
-        train(recipe)
+        try:
+            train(recipe)
+        except RuntimeError:
+            # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
+            # and is to be quicker than a traceback that explains nothing
+            time.sleep(LAUNCHER_SECONDS if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
+            raise
         return 0
     from grpo_mega.parallel.launch import start_ranks
     from grpo_mega.trainer.check import check_cheaply

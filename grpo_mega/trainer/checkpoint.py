@@ -89,7 +89,12 @@ def _unwritten(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) or "[Errno " in text:  # megatron's writing process passes its error on as text
         return text.rpartition("] ")[2]
-    return "torch could not write a whole file" if "inline_container" in text else None
+    torchs = (
+        "inline_container",
+        "iostream error",
+        "PytorchStreamWriter",
+    )  # its words for a file that it could not finish
+    return "torch could not write a whole file" if any(words in text for words in torchs) else None
 
 
 def load(checkpoint: Path, policy: Policy) -> dict[str, Any]:

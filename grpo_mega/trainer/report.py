@@ -33,8 +33,9 @@ def report(
     if run.mesh.is_writer:
         for line in costs(read_lines(directory.path / "timings.jsonl")[0]):
             say(line)
-    say(f"records: {directory.path}/ (metrics.jsonl, timings.jsonl, evaluations.jsonl, rollouts/, tensorboard/)")
-    say(f"to look at them: grpo-mega report {directory.path}; tensorboard --logdir {directory.path / 'tensorboard'}")
+    say(f"records: {directory.path}/; to see them:")
+    say(f"  grpo-mega report {directory.path}")
+    say(f"  tensorboard --logdir {directory.path / 'tensorboard'}")
     say(f"trained model (a Hugging Face folder): {directory.hf}")
     say(f"next: {how_to_go_on(run)}   (goes on from the checkpoint)")
 

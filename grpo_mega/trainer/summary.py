@@ -88,14 +88,14 @@ def medians(timings: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def costs(timings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The medians in words."""
+    """The medians in words; phases that take no time are left out."""
     median = medians(timings)
-    phases = ", ".join(f"{phase} {median[phase]:.1f}" for phase in PHASES)
+    phases = ", ".join(f"{phase} {median[phase]:.1f}" for phase in PHASES if median[phase] >= 0.05)
     return [
-        f"seconds a step (medians): {median['step']:.1f}, of them {phases}; {median['cpu']:.1f} of CPU time; peak "
-        f"memory a rank {median['memory']:.2f} GiB",
-        f"completion tokens a second (medians): {median['tokens']:.0f}; sampling alone {median['sampling']:.0f}, "
-        f"log-probs and update {median['training']:.0f}",
+        f"a step took {median['step']:.1f} s (medians of {len(timings)}): {phases}",
+        f"completion tokens a second: {median['tokens']:.0f}; sampling alone {median['sampling']:.0f}, log-probs and "
+        f"update {median['training']:.0f}",
+        f"CPU time of a step {median['cpu']:.1f} s; peak memory a rank {median['memory']:.2f} GiB",
     ]
 
 

@@ -110,7 +110,10 @@ def test_parts_of_a_reward(tmp_path):
     files = directory(tmp_path)
     files.open(1)
     one, other = (rollout(0.0, text).completion for text in ("a", "b"))
-    scored = (Scored(one, 1.5, (("exact", 1.0), ("format", 0.5))), Scored(other, 0.25, (("exact", 0.0), ("format", 0.25))))
+    scored = (
+        Scored(one, 1.5, (("exact", 1.0), ("format", 0.5))),
+        Scored(other, 0.25, (("exact", 0.0), ("format", 0.25))),
+    )
     files.write_rollouts(1, [Group(Prompt(0, "p", (1,)), scored)])
     rows = pq.read_table(tmp_path / "rollouts" / "step_000001.parquet").to_pylist()
     assert [row["rewards"] for row in rows] == [
