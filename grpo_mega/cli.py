@@ -1,4 +1,4 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`.
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `grpo-mega report RUN_DIR`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
 A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
@@ -9,10 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import GrpoMegaError
+
+LAUNCHER_SECONDS = 2.0  # a launcher needs to see that a rank has failed and to end the others
 
 
 def main() -> None:
@@ -36,8 +40,18 @@ def run(arguments: Sequence[str]) -> int:
     )
     train.add_argument("recipe", help="a YAML file")
     train.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
+    report = commands.add_parser(
+        "report",
+        help="summarise a run directory",
+        description="Print a run's settings, learning curve, cost and last completions, also while it goes on.",
+    )
+    report.add_argument("directory", help="run.directory of the run's recipe")
     options, overrides = parser.parse_known_args(arguments)
+    if options.command == "report" and overrides:
+        report.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
+        if options.command == "report":
+            return _report(options.directory)
         return _train(options.recipe, overrides, options.ranks, arguments)
     except GrpoMegaError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
@@ -47,6 +61,15 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _report(directory: str) -> int:
+    from rich.console import Console
+
+    from grpo_mega.trainer.summary import print_summary
+
+    print_summary(Path(directory), Console())
+    return 0
 
 
 def ranks_to_fill(recipe: Recipe) -> int:
@@ -72,7 +95,13 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
         quiet_megatron()
         from grpo_mega.trainer.main import train
 
-        train(recipe)
+        try:
+            train(recipe)
+        except RuntimeError:
+            # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
+            # and is to be quicker than a traceback that explains nothing
+            time.sleep(LAUNCHER_SECONDS if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
+            raise
         return 0
     from grpo_mega.parallel.launch import start_ranks
     from grpo_mega.trainer.check import check_cheaply

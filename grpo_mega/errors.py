@@ -33,3 +33,9 @@ class CheckpointError(GrpoMegaError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
     exit_code = 5
+
+
+class RunDirectoryError(GrpoMegaError):
+    """A run directory that can be written no more while the run goes on: the disk is full, gone or read-only."""
+
+    exit_code = 6

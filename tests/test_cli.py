@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.launcher import api as launcher
 
 from grpo_mega import cli
@@ -80,24 +82,80 @@ def test_a_whole_run(recipe, tmp_path):
     sampled = {"reward", "reward_errors", "degenerate_groups", "completion_tokens", "truncated", "near_boundary_draws"}
     assert set(metrics[0]) == {"step", "lr"} | measured | sampled
     assert {"sample_s", "log-probs_s", "update_s", "peak_memory_bytes_a_rank"} <= set(timings[0])
-    rollouts = [
-        json.loads(line)
-        for step in (1, 2)
-        for line in (run / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
-    ]
+    assert {"step_s", "cpu_s", "sampling_tokens_per_s", "training_tokens_per_s", "tokens_per_s"} <= set(timings[0])
+    files = [run / "rollouts" / f"step_{step:06d}.parquet" for step in (1, 2)]
+    rollouts = [line for file in files for line in pq.read_table(file).to_pylist()]
     keys = [(line["prompt_index"], line["completion"]) for line in rollouts]
     assert keys == [(prompt, completion) for prompt in range(4) for completion in range(2)]
     assert sum(line["reward"] for line in rollouts) / 4 == sum(line["reward"] for line in metrics)
     assert (run / "checkpoints" / "latest").read_text() == "step_2\n"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_1", "step_2"}
     loads_in_transformers(run / "hf", tmp_path)
+    for curves, steps in (("training", {1, 2}), ("evaluation", {0, 2})):
+        events = EventAccumulator(str(run / "tensorboard" / curves)).Reload()
+        assert {event.step for event in events.Scalars("metrics/reward")} == steps
     lines = done.stdout.splitlines()
+    assert [line[:11] for line in lines if line.startswith("step ")] == ["step 1/2 | ", "step 2/2 | "]
     assert sum(line.startswith("  after ") for line in lines) == 2  # of two held-out problems
     before, after = (f"{line['reward']:.3f}" for line in evaluations)
     assert any(before in line and after in line for line in lines if line.startswith("held-out accuracy: "))
     (following,) = (line for line in lines if line.startswith("next: "))
     assert f"{run}/recipe.yaml --run.num_steps 4" in following
     assert any(str(run / "hf") in line for line in lines[-5:])
+
+
+SABOTAGE = """
+import pathlib, shutil
+calls = []
+def length(text, answer, row):
+    calls.append(text)
+    rollouts = pathlib.Path("run/rollouts")
+    if len(calls) == 3 and rollouts.is_dir():  # a replica scores four completions: one of its own a step
+        shutil.rmtree(rollouts)
+        rollouts.write_text("")
+    return len(text) % 3
+"""
+
+
+def test_a_run_directory_that_fails_ends_every_rank(recipe, tmp_path):
+    """In step 2, after two of a step's four completions a rank; data parallel, so that the other rank waits."""
+    path = recipe(data={"heldout": 0})
+    (tmp_path / "my_rewards.py").write_text(SABOTAGE)
+    done = command(path, "--ranks", "2", cwd=tmp_path)
+    assert done.returncode == 6 and done.seconds < 100
+    said = done.stderr.splitlines()
+    assert 1 <= len(said) <= 2  # the first to fail ends the other, perhaps before its own sentence
+    for line in said:
+        assert re.fullmatch(
+            rf"grpo-mega rank [01]: {tmp_path}/run can be written no more \(.+\); the run stops.*", line
+        )
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_1\n"
+
+
+ALONE = """
+import os, pathlib
+from grpo_mega.trainer import checkpoint
+real = checkpoint.dist_checkpointing.save
+def save(state, partial):
+    if os.environ["RANK"] == "0":
+        pathlib.Path(partial, "common.pt").symlink_to("/dev/full")
+    real(state, partial)
+checkpoint.dist_checkpointing.save = save
+def length(text, answer, row):
+    return 0.0
+"""
+
+
+def test_a_rank_that_fails_alone_is_the_one_that_is_heard(recipe, tmp_path):
+    """The writer cannot write the file that only it writes; the other waits for it in a collective."""
+    path = recipe(data={"heldout": 0}, run={"num_steps": 1})
+    (tmp_path / "my_rewards.py").write_text(ALONE)
+    done = command(path, "--ranks", "2", cwd=tmp_path)
+    assert done.returncode == 6
+    *megatrons, said = done.stderr.splitlines()  # which finds the file that this test has put there odd
+    words = r"grpo-mega rank 0: \S+/checkpoints can be written no more \(torch could not write a whole file\); .*"
+    assert re.fullmatch(words, said) and all(line.startswith("Overwriting old incomplete") for line in megatrons)
 
 
 def loads_in_transformers(folder, tmp_path):

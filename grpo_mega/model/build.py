@@ -82,8 +82,10 @@ def build_model(
     recompute: str = "none",
     trainable: bool = True,
     loaded: bool = True,
+    tick: bridge.Tick = bridge.silent,
 ) -> TrunkModel:
-    """This rank's part of the model with the weights of `arch.folder`, read slice by slice; not `loaded`: with none.
+    """This rank's part of the model with the weights of `arch.folder`, read slice by slice, a tick for each; or, not
+    `loaded`, with none.
 
     Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
     """
@@ -105,7 +107,7 @@ def build_model(
     model.to(mesh.device)
     place = bridge.Place.of(mesh, layers)
     if loaded:
-        bridge.load(model, arch, place)
+        bridge.load(model, arch, place, tick)
     _mark_tensor_parallel(model, arch, place)
     model.requires_grad_(trainable)
     return model

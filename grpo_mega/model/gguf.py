@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +53,13 @@ _PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> how text is cut before byte-pair me
 }
 
 
-def gguf_to_hugging_face(source: Path, destination: Path) -> None:
+def gguf_to_hugging_face(
+    source: Path, destination: Path, tick: Callable[[int, int], None] = lambda done, total: None
+) -> None:
     """Convert `source` into the new folder `destination`: config, float32 weights, tokenizer with chat template.
 
     The folder is written under another name and renamed when whole: if it exists, it is complete. The model is held in
-    memory once.
+    memory once; `tick` is told how many of its tensors are converted.
     Raises ConfigError for a missing or damaged file, an architecture other than llama, a tensor that is unknown or
     missing, a tokenizer other than byte-level BPE of a known pre-tokenizer, and a destination that exists.
     """
@@ -66,7 +69,7 @@ def gguf_to_hugging_face(source: Path, destination: Path) -> None:
     fields = _Fields(source, reader)
     config = _config(fields, reader.tensors)
     tokenizer = _tokenizer(fields, config.max_position_embeddings)
-    weights = _weights(source, config, reader.tensors)
+    weights = _weights(source, config, reader.tensors, tick)
     aside = destination.with_name(f".{destination.name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
@@ -155,7 +158,9 @@ def _generation_config(fields: _Fields) -> Any:
     )
 
 
-def _weights(source: Path, config: LlamaConfig, tensors: list[ReaderTensor]) -> dict[str, np.ndarray]:
+def _weights(
+    source: Path, config: LlamaConfig, tensors: list[ReaderTensor], tick: Callable[[int, int], None]
+) -> dict[str, np.ndarray]:
     """Hugging Face name -> float32 array; every name of the model once, or ConfigError."""
     expected = {f"model.layers.{i}.{name}.weight" for i in range(config.num_hidden_layers) for name in _LAYER.values()}
     expected |= set(_TOP.values()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
@@ -174,6 +179,7 @@ def _weights(source: Path, config: LlamaConfig, tensors: list[ReaderTensor]) -> 
         elif name.endswith("k_proj.weight"):
             weight = _halves(weight, config.num_key_value_heads or config.num_attention_heads)
         weights[name] = np.ascontiguousarray(weight)
+        tick(len(weights), len(tensors))
     if missing := sorted(expected - weights.keys()):
         raise ConfigError(f"{source} lacks {len(missing)} tensors, the first {missing[0]}; fetch or convert it again")
     return weights

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import CheckpointException
 from grpo_mega.errors import CheckpointError
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.trainer.policy import Policy
+from grpo_mega.trainer.records import raise_together, unwritable, write_together, writing
 
 # What is not sharded megatron-core 0.16.1 keeps in common.pt, 0.19.2 in a shard (dist_checkpointing/serialization.py).
 _COMMON = ("common.pt",) if hasattr(CheckpointingConfig, "common_backend") else ()
@@ -42,25 +43,62 @@ def save(directory: Path, step: int, policy: Policy, state: dict[str, Any], mesh
     """Write `directory/step_N` aside, then publish it and move `latest`. Every rank must call.
 
     state: what the trainer needs besides weights and optimizer; plain JSON.
+    Raises RunDirectoryError if it cannot be written: `latest` then names what it named before.
     """
     final = directory / f"step_{step}"
     partial = directory / f"step_{step}.partial"
-    if mesh.is_writer:
-        for stale in (partial, final):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir(parents=True)
+
+    def begin() -> None:
+        with writing(directory):
+            for stale in (partial, final):
+                shutil.rmtree(stale, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def publish() -> None:
+        with writing(directory):
+            (partial / "trainer.json").write_text(json.dumps({**state, "scheduler": policy.scheduler.state_dict()}))
+            partial.rename(final)
+            pointer = directory / "latest.partial"
+            pointer.write_text(final.name + "\n")
+            pointer.replace(directory / "latest")
+
+    write_together(mesh, begin)
+    _save_shards(partial, policy, mesh)
     dist.barrier()
-    dist_checkpointing.save(_sharded(policy, loading=False), str(partial))
-    if mesh.is_writer:
-        (partial / "trainer.json").write_text(json.dumps({**state, "scheduler": policy.scheduler.state_dict()}))
-    dist.barrier()
-    if mesh.is_writer:
-        partial.rename(final)
-        pointer = directory / "latest.partial"
-        pointer.write_text(final.name + "\n")
-        pointer.replace(directory / "latest")
-    dist.barrier()
+    write_together(mesh, publish)
     return final
+
+
+def _save_shards(partial: Path, policy: Policy, mesh: Mesh) -> None:
+    state = _sharded(policy, loading=False)
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except (CheckpointException, OSError, RuntimeError) as error:
+        everywhere = isinstance(error, CheckpointException)  # then the causes are with the writer
+        failures = error.failures if isinstance(error, CheckpointException) else {0: (error, None)}
+        causes = [cause for cause, _ in failures.values()]
+        reason = next(filter(None, map(_unwritten, causes)), None)
+        failure = None if reason is None else unwritable(partial.parent, reason)
+        if mesh.is_writer:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        if everywhere:
+            raise_together(mesh, failure)
+        if failure is not None:  # common.pt, which the writer writes alone: the others wait, and are ended with it
+            raise failure from error
+        raise
+
+
+def _unwritten(error: BaseException) -> str | None:
+    """Why a file could not be written; None if the error is about something else."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) or "[Errno " in text:  # megatron's writing process passes its error on as text
+        return text.rpartition("] ")[2]
+    torchs = (
+        "inline_container",
+        "iostream error",
+        "PytorchStreamWriter",
+    )  # its words for a file that it could not finish
+    return "torch could not write a whole file" if any(words in text for words in torchs) else None
 
 
 def load(checkpoint: Path, policy: Policy) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from grpo_mega.parallel.device import peak_memory_bytes
 from grpo_mega.rewards.score import first_fault, score_groups, unscored_steps
 from grpo_mega.trainer import checkpoint
 from grpo_mega.trainer.batches import minibatches, with_logprobs
-from grpo_mega.trainer.records import group_metrics
+from grpo_mega.trainer.records import StepCost, group_metrics, step_timings, write_together
 from grpo_mega.trainer.setup import Run
 from grpo_mega.types import Completion, Group, Mean, Metrics, Microbatch, Prompt, add_metrics
 
@@ -25,13 +25,14 @@ def train(run: Run, start: int = 0) -> None:
     steps, group_size, mu = recipe.run.num_steps, recipe.grpo.group_size, recipe.grpo.num_iterations
     unscored = 0
     for step in range(start, steps):
-        progress.begin(f"step {step + 1:>{len(str(steps))}}/{steps}")
+        progress.begin_step(step + 1, steps)
         prompts = run.inputs.prompts.next(recipe.batch.prompts_per_step)
         mine = mesh.share(len(prompts))
         with progress.phase("sample"):
             completions = run.sampler.sample(prompts, mine, group_size, step)
-        with progress.phase("reward", shown=False):
+        with progress.phase("reward"):
             groups = score(run, [prompts[i] for i in mine], completions)
+        with progress.phase("gather"):  # where a replica that is done early waits for the others
             everything = record_rollouts(run, step, groups)
         metrics = group_metrics(everything)
         errors = int(metrics["reward_errors"].total)
@@ -74,40 +75,34 @@ def logprobs_of(run: Run, batches: Sequence[Microbatch], *, on_policy: bool) -> 
 
 
 def record_rollouts(run: Run, step: int, groups: Sequence[Group]) -> list[Group]:
-    """All replicas' groups in the step's global order, on every rank; on disk before the update."""
+    """All replicas' groups in the step's global order, on every rank; on disk before the update.
+
+    Raises RunDirectoryError, on every rank, if they cannot be written.
+    """
     shares = collectives.gather_objects(list(groups), run.mesh.data.group)
     everything = sorted((group for share in shares for group in share), key=lambda group: group.prompt.index)
-    if run.mesh.is_writer:
-        run.inputs.directory.write_rollouts(step + 1, everything)
+    write_together(run.mesh, lambda: run.inputs.directory.write_rollouts(step + 1, everything))
     return everything
 
 
 def record_step(run: Run, step: int, groups: Sequence[Group], metrics: Metrics) -> None:
-    """Sum what the last stages measured; write metrics.jsonl (deterministic), timings.jsonl and the end of the line."""
+    """Sum what the last stages measured; write metrics (deterministic) and timings, and show them."""
     mesh, progress = run.mesh, run.progress
     of_groups = group_metrics(groups)
     measured = {k: Mean(float(m.total), float(m.count)) for k, m in metrics.items() if k not in of_groups}
     total = add_metrics(*collectives.gather_objects(measured if mesh.tensor.first else {}, mesh.world.group), of_groups)
     values = {key: total[key].value() for key in sorted(total)}
-    memory = max(collectives.gather_objects(peak_memory_bytes(mesh.device), mesh.world.group))
-    progress.end(
-        f" | loss {values['loss']:+.4f}" + (f" kl {values['kl']:.4f}" if "kl" in values else "")
-        + f" clip {values['clip_fraction']:.3f} entropy {values['entropy']:.3f} |grad| {values['grad_norm']:.3f}"
-    )  # fmt: skip
-    if mesh.is_writer:
-        record = {"step": step + 1, "lr": run.policy.learning_rate, **values}
-        run.inputs.directory.append("metrics.jsonl", record)
-        timings = {f"{name}_s": round(seconds, 3) for name, seconds in progress.seconds.items()}
-        tokens = int(of_groups["completion_tokens"].total)
-        run.inputs.directory.append(
-            "timings.jsonl",
-            {"step": step + 1, **timings, "completion_tokens": tokens, "peak_memory_bytes_a_rank": memory},
-        )
+    cost = StepCost(progress.seconds["sample"], progress.cpu_seconds(), peak_memory_bytes(mesh.device))
+    costs, tokens = collectives.gather_objects(cost, mesh.world.group), int(of_groups["completion_tokens"].total)
+    timings = step_timings(progress.seconds, progress.step_seconds(), costs, tokens)
+    values = {"lr": run.policy.learning_rate, **values}
+    write_together(mesh, lambda: run.inputs.directory.write_step(step + 1, values, timings))
+    progress.end_step(values, timings)
 
 
 def save(run: Run, steps_done: int) -> None:
     """Checkpoint: `steps_done` steps are in it."""
-    with run.progress.phase_line("checkpoint"):
+    with run.progress.task("checkpoint"):
         state = {"step": steps_done, "prompts": run.inputs.prompts.state()}
         checkpoint.save(run.inputs.directory.checkpoints, steps_done, run.policy, state, run.mesh)
 
@@ -116,14 +111,13 @@ def evaluate(run: Run, steps_done: int) -> tuple[float, list[Group]]:
     """Mean reward on the held-out prompts, at the training temperature, EVALUATION_COMPLETIONS each; and the groups."""
     prompts = run.inputs.heldout
     mine = run.mesh.share(len(prompts))
-    run.progress.begin(f"held-out accuracy after {steps_done} steps")
-    completions = run.sampler.sample(prompts, mine, EVALUATION_COMPLETIONS, steps_done)
-    shares = collectives.gather_objects(score(run, [prompts[i] for i in mine], completions), run.mesh.data.group)
-    groups = sorted((g for share in shares for g in share), key=lambda group: -group.prompt.index)
-    metrics = group_metrics(groups)
-    reward, errors = metrics["reward"].value(), int(metrics["reward_errors"].total)
-    faults = f"; {errors} errors, {first_fault(groups)}" if errors else ""
-    run.progress.end(f": {reward:.3f} ({len(groups)} problems x {EVALUATION_COMPLETIONS} completions{faults})")
-    if run.mesh.is_writer:
-        run.inputs.directory.append("evaluations.jsonl", {"step": steps_done, "reward": reward})
+    with run.progress.task("held-out accuracy", f" after {steps_done} steps") as task:
+        completions = run.sampler.sample(prompts, mine, EVALUATION_COMPLETIONS, steps_done)
+        shares = collectives.gather_objects(score(run, [prompts[i] for i in mine], completions), run.mesh.data.group)
+        groups = sorted((g for share in shares for g in share), key=lambda group: -group.prompt.index)
+        metrics = group_metrics(groups)
+        reward, errors = metrics["reward"].value(), int(metrics["reward_errors"].total)
+        faults = f"; {errors} errors, {first_fault(groups)}" if errors else ""
+        task.result = f"{reward:.3f} ({len(groups)} problems x {EVALUATION_COMPLETIONS} completions{faults})"
+    write_together(run.mesh, lambda: run.inputs.directory.write_evaluation(steps_done, reward))
     return reward, groups

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from grpo_mega.config import Recipe
+from grpo_mega.errors import RunDirectoryError
 from grpo_mega.model import bridge
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer import checkpoint, loop
-from grpo_mega.trainer.progress import Progress
+from grpo_mega.trainer.progress import Progress, progress_on
+from grpo_mega.trainer.records import raise_together, write_together
 from grpo_mega.trainer.report import how_to_go_on, report
-from grpo_mega.trainer.setup import Run, build_run, read_inputs
+from grpo_mega.trainer.setup import Inputs, Run, build_run, read_inputs
 
 
 def train(recipe: Recipe) -> None:
     """Train as the recipe says. Every rank calls; raises GrpoMegaError for what a user can put right."""
     inputs = read_inputs(recipe, mesh.world_size_from_environment())
     grid = mesh.initialize(recipe.parallel.tensor, recipe.parallel.pipeline)
-    progress = Progress(grid.is_writer)
+    progress = progress_on(speaks=grid.is_writer)
+    progress.watch()
+    with closing(progress), closing(inputs.directory):
+        _train(recipe, inputs, grid, progress)
+    mesh.shutdown()
+
+
+def _train(recipe: Recipe, inputs: Inputs, grid: mesh.Mesh, progress: Progress) -> None:
     progress.say(describe(recipe, grid, inputs.layers))
-    with progress.phase_line("loading weights"):
+    with progress.task("loading weights"):
         run = build_run(recipe, inputs, grid, progress)
     start = resume(run)
     if start >= recipe.run.num_steps:
@@ -25,23 +36,25 @@ def train(recipe: Recipe) -> None:
             export(run)  # the run was ended between its last checkpoint and this
         progress.say(f"all {recipe.run.num_steps} steps are done, the model is in {inputs.directory.hf}")
         progress.say(f"next: {how_to_go_on(run)}, or another run.directory")
-        return mesh.shutdown()
-    if grid.is_writer:
-        inputs.directory.open(start + 1)
+        return
+    write_together(grid, lambda: inputs.directory.open(start + 1))
     before = loop.evaluate(run, start) if inputs.heldout else None
     loop.train(run, start)
     after = loop.evaluate(run, recipe.run.num_steps) if inputs.heldout else None
     export(run)
     report(run, start, before, after)
-    mesh.shutdown()
 
 
 def export(run: Run) -> None:
     """Write the policy as a Hugging Face folder, from the first replica's ranks."""
-    inputs = run.inputs
-    if run.mesh.data.first:
-        with run.progress.phase_line(f"writing {inputs.directory.hf}"):
-            bridge.export(run.policy.model, inputs.arch, run.mesh, inputs.layers, inputs.directory.hf)
+    inputs, failure, tick = run.inputs, None, run.progress.tick
+    with run.progress.task(f"writing {inputs.directory.hf}"):
+        if run.mesh.data.first:
+            try:
+                bridge.export(run.policy.model, inputs.arch, run.mesh, inputs.layers, inputs.directory.hf, tick)
+            except RunDirectoryError as error:
+                failure = error
+        raise_together(run.mesh, failure)
 
 
 def resume(run: Run) -> int:

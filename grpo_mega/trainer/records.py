@@ -1,23 +1,32 @@
-"""What a run leaves behind: the resolved recipe, metrics, timings and rollouts, one JSON object a line."""
+"""What a run leaves behind: the resolved recipe, metrics and timings (a JSON object a line), rollouts, curves."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_mega.config import Recipe, load_recipe, to_yaml
-from grpo_mega.errors import ConfigError
+from grpo_mega.errors import ConfigError, RunDirectoryError
 from grpo_mega.objective.advantages import is_degenerate
+from grpo_mega.parallel import collectives
+from grpo_mega.parallel.mesh import Mesh
+from grpo_mega.trainer.lines import read_lines
 from grpo_mega.types import Group, Mean, Metrics, Rollout
+
+if TYPE_CHECKING:
+    from grpo_mega.trainer.tensorboard import Scalars
 
 # settings that a resumed run may change: where, how long and in what portions, not what a step computes
 FREE_SECTIONS = ("parallel",)
 FREE_KEYS = {
     *(("run", key) for key in ("directory", "num_steps", "save_every", "evaluate_every")),
-    ("sampling", "max_rows"),
+    *(("sampling", key) for key in ("max_rows", "tensor", "pipeline")),
     ("batch", "tokens_per_microbatch"),
     ("model", "recompute"),
 }
@@ -59,21 +68,25 @@ def _is_degenerate(group: Group) -> bool:
 
 
 class RunDirectory:
-    """The files of a run. Only the writing rank may write; every rank may ask where things are."""
+    """The files of a run. Only the writing rank may write; every rank may ask where things are.
+
+    What can be written no more is a RunDirectoryError, raised before anything half-written has a name that counts.
+    """
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.path = Path(recipe.run.directory)
         self.checkpoints = self.path / "checkpoints"
         self.hf = self.path / "hf"
+        self._curves: dict[str, Scalars] = {}
 
     def check(self) -> None:
         """Raise ConfigError if the directory cannot be written or holds a run with other settings."""
         existing = self.path / "recipe.yaml"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.path, os.W_OK):
-                raise PermissionError(13, "no permission to write")
+            with tempfile.TemporaryFile(dir=self.path) as file:  # permission bits say little about a network's folder
+                file.write(b"x")
         except OSError as error:
             reason = "it is a file" if self.path.is_file() else error.strerror
             raise ConfigError(f"run.directory={self.path} cannot be used ({reason}); choose another") from None
@@ -85,63 +98,146 @@ class RunDirectory:
                 )
 
     def open(self, first_step: int) -> None:
-        """Write the resolved recipe and drop the lines of steps that are about to be run again."""
-        (self.path / "rollouts").mkdir(exist_ok=True)
-        _replace(self.path / "recipe.yaml", to_yaml(self.recipe))
-        # a run begins with an evaluation of what it starts from, step first_step - 1
-        for name, end in (("metrics", first_step), ("timings", first_step), ("evaluations", first_step - 1)):
-            file = self.path / f"{name}.jsonl"
-            if file.exists():
-                lines = [line for line in file.read_text().splitlines() if _step(line) < end]
-                _replace(file, "".join(line + "\n" for line in lines))
+        """Write the resolved recipe and drop what is recorded of steps that are about to be run again."""
+        from grpo_mega.trainer import rollout_file  # noqa: F401 (half a second, which the first step need not take)
+        from grpo_mega.trainer.tensorboard import Scalars
+
+        rollouts = self.path / "rollouts"
+        with writing(self.path):
+            rollouts.mkdir(exist_ok=True)
+            _replace(self.path / "recipe.yaml", to_yaml(self.recipe).encode())
+            # a run begins with an evaluation of what it starts from, step first_step - 1
+            for name, end in (("metrics", first_step), ("timings", first_step), ("evaluations", first_step - 1)):
+                file = self.path / f"{name}.jsonl"
+                if file.exists():
+                    lines = [json.dumps(record) + "\n" for record in read_lines(file)[0] if record["step"] < end]
+                    _replace(file, "".join(lines).encode())
+            for file in (*rollouts.glob("step_*.parquet"), *rollouts.glob("*.partial")):
+                if file.suffix == ".partial" or int(file.stem.removeprefix("step_")) >= first_step:
+                    file.unlink()
+            self._curves = {
+                "training": Scalars(self.path / "tensorboard" / "training", first_step),
+                "evaluation": Scalars(self.path / "tensorboard" / "evaluation", first_step - 1),
+            }
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
-        """rollouts/step_000001.jsonl: a line a completion, in the step's global order; durable when this returns."""
-        lines = [
-            json.dumps(
-                {
-                    "prompt_index": group.prompt.index,
-                    "completion": number,
-                    "prompt": group.prompt.text,
-                    "text": rollout.completion.text,
-                    "answer": group.prompt.answer,
-                    "reward": rollout.reward,
-                    "parts": dict(rollout.parts),
-                    "error": rollout.error,
-                    "counts": rollout.counts,
-                    "finish_reason": rollout.completion.finish_reason,
-                    "token_ids": rollout.completion.token_ids,
-                    "sampler_logprobs": rollout.completion.sampler_logprobs,
-                }
-            )
-            for group in groups
-            for number, rollout in enumerate(group.rollouts)
-        ]
-        _replace(self.path / "rollouts" / f"step_{step:06d}.jsonl", "".join(line + "\n" for line in lines))
+        """rollouts/step_000001.parquet: a row a completion, in the step's global order; durable when this returns."""
+        from grpo_mega.trainer.rollout_file import rollout_bytes
 
-    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        with writing(self.path):
+            _replace(self.path / "rollouts" / f"step_{step:06d}.parquet", rollout_bytes(step, groups))
+
+    def write_step(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl (what a second run repeats bit for bit), one of timings.jsonl, and both as curves."""
+        with writing(self.path):
+            self._append("metrics.jsonl", {"step": step, **metrics})
+            self._append("timings.jsonl", {"step": step, **timings})
+            curves = {f"metrics/{name}": value for name, value in metrics.items()}
+            self._curves["training"].add(step, curves | {f"timings/{name}": value for name, value in timings.items()})
+
+    def write_evaluation(self, step: int, reward: float) -> None:
+        """A line of evaluations.jsonl and a point of the curve that lies over the training reward's."""
+        with writing(self.path):
+            self._append("evaluations.jsonl", {"step": step, "reward": reward})
+            self._curves["evaluation"].add(step, {"metrics/reward": reward})
+
+    def close(self) -> None:
+        """Every line is on disk already: what remains is to let go of the curves' files."""
+        while self._curves:
+            self._curves.popitem()[1].close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
         """A line more; a mean of nothing (nan: no token was trained) is null, since JSON knows no nan."""
         record = {key: None if value != value else value for key, value in record.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _step(line: str) -> float:
-    """A record's step; after all others for a line that a crash cut short."""
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into the RunDirectoryError about `path`."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
+        yield
+    except OSError as error:
+        raise unwritable(path, error.strerror or " ".join(str(error).split())) from error
 
 
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all."""
+def unwritable(path: Path, reason: str) -> RunDirectoryError:
+    """The sentence for a run directory that failed while the run went on."""
+    return RunDirectoryError(
+        f"{path} can be written no more ({reason}); the run stops: free space, or make the directory writable, and "
+        "start the same command again: it goes on from its latest checkpoint"
+    )
+
+
+def write_together(mesh: Mesh, write: Callable[[], None]) -> None:
+    """Let the writing rank write; if it cannot, every rank raises its RunDirectoryError, and none is left waiting.
+
+    Every rank must call.
+    """
+    failure = None
+    if mesh.is_writer:
+        try:
+            write()
+        except RunDirectoryError as error:
+            failure = error
+    raise_together(mesh, failure)
+
+
+def raise_together(mesh: Mesh, failure: RunDirectoryError | None) -> None:
+    """Raise the writing rank's failure on every rank, if it had one. Every rank must call."""
+    failure = collectives.broadcast_object(failure, mesh.world.group)
+    if failure is not None:
+        raise failure
+
+
+def step_timings(
+    seconds: Mapping[str, float], step_seconds: float, costs: Sequence[StepCost], tokens: int
+) -> dict[str, float]:
+    """A step's line of timings.jsonl from the writing rank's stopwatch and what the step cost on every rank.
+
+    Rates are completion tokens of all ranks a second: of the slowest rank's sampling; of log-probs and update together;
+    of the whole step. cpu_s is the CPU time of all ranks; evaluations and checkpoints are in none of them.
+    """
+    training = seconds["log-probs"] + seconds["update"]
+    return {
+        "step_s": round(step_seconds, 3),
+        **{f"{name}_s": round(spent, 3) for name, spent in seconds.items()},
+        "cpu_s": round(sum(cost.cpu_seconds for cost in costs), 3),
+        "completion_tokens": tokens,
+        "tokens_per_s": round(tokens / step_seconds, 1),
+        "sampling_tokens_per_s": round(tokens / max(cost.sample_seconds for cost in costs), 1),
+        "training_tokens_per_s": round(tokens / training, 1),
+        "peak_memory_bytes_a_rank": max(cost.peak_memory_bytes for cost in costs),
+    }
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step cost on one rank."""
+
+    sample_seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Whole or not at all, and durable when this returns."""
     aside = path.with_name(path.name + ".partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name, too
+    finally:
+        os.close(folder)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -91,7 +91,7 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
     precision = recipe.precision
     dtype, reference_dtype = DTYPES[precision.dtype], DTYPES[precision.reference or precision.dtype]
     temperature = recipe.sampling.temperature
-    build = partial(build_model, mesh=mesh, parallel=recipe.parallel)
+    build = partial(build_model, mesh=mesh, parallel=recipe.parallel, tick=progress.tick)
     model = build(inputs.arch, dtype=dtype, recompute=recipe.model.recompute)
     vocab_size = inputs.arch.vocab_size
     policy = Policy(model, vocab_size, mesh, temperature, recipe.optimizer, recipe.run.num_steps)

@@ -62,7 +62,7 @@ def learn(tree, break_it=None):
     recipe = validate_recipe(tree)
     inputs = read_inputs(recipe, mesh.world_size_from_environment())
     grid = mesh.initialize(recipe.parallel.tensor, recipe.parallel.pipeline)
-    run = build_run(recipe, inputs, grid, Progress(False))
+    run = build_run(recipe, inputs, grid, Progress(None))
     if grid.is_writer:
         inputs.directory.open(1)
     real = loop.minibatches

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo_mega.config import ParallelConfig
-from grpo_mega.errors import ConfigError
+from grpo_mega.errors import ConfigError, RunDirectoryError
 from grpo_mega.model import bridge
 from grpo_mega.model.architecture import check_layout, read_architecture, rope_inverse_frequencies
 from grpo_mega.parallel.mesh import initialize
@@ -51,6 +51,31 @@ def folder(folders, tmp_path):
 
 
 # ---- there and back
+
+
+def ticks_and_failures(folder, scratch, failing):
+    """How far loading and exporting said they were, and how an export ends whose disk fails at once or half-way."""
+    from grpo_mega.model.build import build_model
+    from grpo_mega.model.layout import layers_per_stage
+
+    mesh = initialize(1, 2)
+    arch, seen = read_architecture(folder), {"load": [], "export": []}
+    model = build_model(arch, mesh, ParallelConfig(pipeline=2), tick=lambda *far: seen["load"].append(far))
+    where = (model, arch, mesh, layers_per_stage(arch, 2))
+    bridge.export(*where, scratch / "whole", lambda *far: seen["export"].append(far))
+    errors = []
+
+    def lose(done, total):
+        if 2 * done > total:
+            shutil.rmtree(scratch / "lost.partial", ignore_errors=True)
+
+    for destination, tick in ((failing / "made", bridge.silent), (scratch / "lost", lose)):
+        try:
+            bridge.export(*where, destination, tick)
+            errors.append(None)
+        except RunDirectoryError as error:
+            errors.append(str(error))
+    return seen, errors
 
 
 def export_and_run(folders, cuts, destination, shard_bytes):
@@ -133,6 +158,22 @@ def test_large_models_are_written_and_read_in_several_files(ranks, folders, tmp_
     ranks(1, export_and_run, {"untied": made}, [("untied", 1, 1, None)], tmp_path / "again", bridge.SHARD_BYTES)
     same_tensors(tmp_path / "again" / "0", folders["untied"])  # and back into one file: no stale index goes along
     assert not (tmp_path / "again" / "0" / "model.safetensors.index.json").exists()
+
+
+def test_progress_and_an_export_that_fails_hears_every_rank_out(ranks, folders, tmp_path):
+    failing = tmp_path / "file"
+    failing.write_text("")
+    first, second = ranks(2, ticks_and_failures, folders["tied"], tmp_path, failing)
+    for seen, _ in (first, second):
+        done, totals = zip(*seen["load"], strict=True)
+        assert sorted(done) == list(done) and set(totals) == {done[-1]} and len(done) > 10
+    numbers = sum(tensor.numel() for tensor in load_file(folders["tied"] / "model.safetensors").values())
+    assert first[0]["export"][-1] == (numbers, numbers) and second[0]["export"] == []
+    at_once, half_way = first[1]
+    assert at_once == f"{failing}/made cannot be written ([Errno 20] Not a directory: '{failing}/made.partial')"
+    assert half_way.startswith(f"{tmp_path}/lost cannot be written (") and "No such file" in half_way
+    assert second[1] == [None, None]  # it has sent all that it has, and waits for nobody
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "whole"]
 
 
 def test_an_export_is_all_or_nothing(folders, tmp_path):

@@ -196,6 +196,12 @@ def test_refusals_name_the_cause_and_leave_nothing(tmp_path, tensors):
     refused(short, "not a whole GGUF file")
 
 
+def test_how_far_a_conversion_is(tmp_path, tensors):
+    seen = []
+    gguf_to_hugging_face(write(tmp_path / "tiny.gguf", tensors), tmp_path / "hf", lambda *far: seen.append(far))
+    assert seen == [(n, len(tensors)) for n in range(1, len(tensors) + 1)]
+
+
 def test_interrupted_conversion_leaves_no_folder(tmp_path, tensors, monkeypatch):
     source = write(tmp_path / "tiny.gguf", tensors)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import ranks as pool
 import tiny
+import torch.distributed as dist
 from assembled import assembled
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_mega.config import load_recipe, validate_recipe
-from grpo_mega.errors import CheckpointError, ConfigError
+from grpo_mega.errors import CheckpointError, ConfigError, RunDirectoryError
 from grpo_mega.parallel import mesh
 from grpo_mega.trainer import checkpoint, loop, main
 from grpo_mega.trainer.progress import Progress
@@ -55,7 +58,7 @@ def built(tree):
     recipe = validate_recipe(tree)
     inputs = read_inputs(recipe, mesh.world_size_from_environment())
     grid = mesh.initialize(recipe.parallel.tensor, recipe.parallel.pipeline)
-    return build_run(recipe, inputs, grid, Progress(False))
+    return build_run(recipe, inputs, grid, Progress(None))
 
 
 def contents(run, scratch):
@@ -112,6 +115,25 @@ def train_whole(tree, fail_in_step=None):
         except KeyboardInterrupt:
             return "interrupted"
     return "done"
+
+
+def save_on_a_full_disk(tree, unwritable):
+    """What a save says whose files `unwritable` meet a full disk, and what it leaves."""
+    run = built(tree)
+    real = checkpoint.dist_checkpointing.save
+
+    def save(state, partial):
+        if run.mesh.is_writer:
+            for name in unwritable:
+                Path(partial, name).symlink_to("/dev/full")
+        dist.barrier()
+        real(state, partial)
+
+    with mock.patch.object(checkpoint.dist_checkpointing, "save", save):
+        try:
+            checkpoint.save(run.inputs.directory.checkpoints, 1, run.policy, {}, run.mesh)
+        except RunDirectoryError as error:
+            return str(error)
 
 
 # ---- the tests
@@ -182,6 +204,15 @@ def test_damage_is_one_sentence_on_every_rank(ranks, tree, saved, tmp_path):
             assert len(message.splitlines()) == 1 and len(message) < 250 + 3 * len(str(folder)), message
 
 
+@pytest.mark.parametrize("unwritable", [["__1_0.distcp", "__1_1.distcp"], ["trainer.json"]])
+def test_a_full_disk_is_one_sentence_on_every_rank(ranks, tree, tmp_path, unwritable):
+    answers = ranks(2, save_on_a_full_disk, with_run(tree, tmp_path, 3, pipeline=2), unwritable)
+    folder = tmp_path / "checkpoints"
+    sentence = f"{folder} can be written no more (No space left on device); the run stops: free space, "
+    assert all(answer is not None and answer.startswith(sentence) for answer in answers), answers
+    assert [path.name for path in folder.iterdir() if path.suffix != ".partial"] == []
+
+
 def test_checkpoint_of_another_model(ranks, tree, saved, tmp_path):
     shape = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
     other = tree | {"model": {"path": str(tiny.make_model(tmp_path / "wider", **shape))}}
@@ -209,7 +240,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(ranks, tree, tmp_path):
     assert ranks(2, train_whole, again) == ["done"] * 2
     lines, weights = lines_and_weights(straight)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert lines_and_weights(resumed)[0] == lines
+    for name in ("metrics.jsonl", *(f"rollouts/step_{step:06d}.parquet" for step in range(1, 6))):
+        assert (resumed / name).read_bytes() == (straight / name).read_bytes(), name  # no time, no place is in them
+    events = EventAccumulator(str(resumed / "tensorboard" / "training")).Reload()
+    assert [event.step for event in events.Scalars("metrics/loss")] == [1, 2, 3, 4, 5]
     assert all(weight.equal(lines_and_weights(resumed)[1][name]) for name, weight in weights.items())
     assert len({line["lr"] for line in lines}) == 3  # the schedule went on too: it warms up for three steps
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import datasets
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_mega.config import load_recipe, validate_recipe
-from grpo_mega.errors import ConfigError
-from grpo_mega.trainer.records import RunDirectory, group_metrics
+from grpo_mega.errors import ConfigError, RunDirectoryError
+from grpo_mega.parallel import mesh
+from grpo_mega.trainer.records import (
+    RunDirectory,
+    StepCost,
+    group_metrics,
+    step_timings,
+    write_together,
+    writing,
+)
 from grpo_mega.types import Completion, Group, Prompt, Rollout
 
 
@@ -19,7 +32,7 @@ def directory(path, **sections):
 
 def rollout(reward, text, *, reason="stop", near=0, **more):
     ids = tuple(text.encode())
-    return Rollout(Completion(ids, (-0.5,) * len(ids), reason, text, near), reward, **more)
+    return Rollout(Completion(ids, (-0.1,) * len(ids), reason, text, near), reward, **more)
 
 
 GROUPS = [
@@ -61,39 +74,81 @@ def test_means_of_a_rewards_parts_by_hand():
     assert not any("/" in name for name in group_metrics([group((("exact", 1.0),))]))  # one part is the reward
 
 
-def test_rollouts_are_a_line_a_completion(tmp_path):
+def test_rollouts_are_a_row_a_completion(tmp_path):
     files = directory(tmp_path)
     files.open(1)
     files.write_rollouts(12, GROUPS)
     (file,) = (tmp_path / "rollouts").iterdir()  # nothing half-written is left beside it
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert file.name == "step_000012.jsonl" and len(lines) == 4
-    assert [(line["prompt_index"], line["completion"]) for line in lines] == [(6, 0), (6, 1), (7, 0), (7, 1)]
-    assert lines[1] == {
+    rows = pq.read_table(file).to_pylist()
+    assert file.name == "step_000012.parquet" and len(rows) == 4
+    assert [(row["prompt_index"], row["completion"]) for row in rows] == [(6, 0), (6, 1), (7, 0), (7, 1)]
+    assert rows[1] == {
+        "step": 12,
         "prompt_index": 6,
         "completion": 1,
         "prompt": "2+2=",
+        "prompt_token_ids": [50, 43],
         "text": "fünf",
+        "token_ids": list("fünf".encode()),
+        "sampler_logprobs": [-0.1] * 5,  # the very float64
+        "finish_reason": "length",
         "answer": "4",
         "reward": 0.0,
-        "parts": {"exact": 0.0},
-        "error": None,
+        "rewards": [{"name": "exact", "value": 0.0}],
+        "advantage": pytest.approx(-1, abs=1e-5),  # (0 - 0.5) / 0.5
         "counts": False,
-        "finish_reason": "length",
-        "token_ids": list("fünf".encode()),
-        "sampler_logprobs": [-0.5] * 5,
+        "error": None,
+        "near_boundary": 2,
     }
-    assert lines[3]["error"] == "ValueError: no"
+    assert rows[3]["error"] == "ValueError: no" and rows[3]["advantage"] == 0
 
 
-def test_lines_of_steps_that_are_run_again_are_dropped(tmp_path):
+def test_rollouts_by_other_readers(tmp_path):
+    files = directory(tmp_path)
+    files.open(1)
+    files.write_rollouts(1, GROUPS)
+    file = str(tmp_path / "rollouts" / "step_000001.parquet")
+    frame = pd.read_parquet(file)
+    assert frame.groupby("prompt_index").reward.mean().to_dict() == {6: 0.5, 7: 0.5}
+    loaded = datasets.Dataset.from_parquet(file, cache_dir=str(tmp_path / "cache"))
+    assert loaded["text"][:] == ["4", "fünf", "ab", "abc"] and loaded[0]["sampler_logprobs"] == [-0.1]
+
+
+def test_parts_of_a_reward(tmp_path):
+    files = directory(tmp_path)
+    files.open(1)
+    one, other = (rollout(0.0, text).completion for text in ("a", "b"))
+    scored = (
+        Rollout(one, 1.5, parts=(("exact", 1.0), ("format", 0.5))),
+        Rollout(other, 0.25, parts=(("exact", 0.0), ("format", None))),
+    )
+    files.write_rollouts(1, [Group(Prompt(0, "p", (1,)), scored)])
+    rows = pq.read_table(tmp_path / "rollouts" / "step_000001.parquet").to_pylist()
+    assert [row["rewards"] for row in rows] == [
+        [{"name": "exact", "value": 1.0}, {"name": "format", "value": 0.5}],
+        [{"name": "exact", "value": 0.0}, {"name": "format", "value": None}],
+    ]
+
+
+def test_half_a_surrogate_pair_costs_a_character(tmp_path):
+    files = directory(tmp_path)
+    files.open(1)
+    files.write_rollouts(1, [replace(GROUPS[0], prompt=Prompt(0, "p", (1,), answer="\ud83d!"))])
+    assert pq.read_table(tmp_path / "rollouts" / "step_000001.parquet")["answer"][0].as_py() == "?!"
+
+
+def test_what_is_recorded_of_steps_that_are_run_again_is_dropped(tmp_path):
     files = directory(tmp_path)
     files.open(1)
     for step in (1, 2, 3):
-        for name in ("metrics", "timings", "evaluations"):
-            files.append(f"{name}.jsonl", {"step": step, "x": 0.1 * step})
+        files.write_rollouts(step, GROUPS)
+        files.write_step(step, {"x": 0.1 * step}, {"y": 1.5})
+        files.write_evaluation(step, 0.5)
+    files.close()
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:2]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "x"')  # the run was killed while it wrote
+    (tmp_path / "rollouts" / "step_000004.parquet.partial").write_bytes(b"")
     files.open(3)
 
     def steps(name):
@@ -101,9 +156,115 @@ def test_lines_of_steps_that_are_run_again_are_dropped(tmp_path):
 
     assert (steps("metrics.jsonl"), steps("timings.jsonl")) == ([1, 2], [1, 2])
     assert steps("evaluations.jsonl") == [1]  # it begins by evaluating what two steps have made
-    files.append("metrics.jsonl", {"step": 3, "ratio": float("nan")})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == kept
+    rollouts = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert rollouts == ["step_000001.parquet", "step_000002.parquet"]
+    files.write_step(3, {"ratio": float("nan")}, {})
     assert steps("metrics.jsonl") == [1, 2, 3]
     assert '"ratio": null' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_curves_show_no_step_twice(tmp_path):
+    """As TensorBoard reads them: a run of three steps that goes on from its second one."""
+    files = directory(tmp_path)
+    files.open(1)
+    files.write_evaluation(0, 0.1)
+    for step in (1, 2, 3):
+        files.write_step(step, {"reward": step / 8, "ratio": float("nan")}, {"step_s": 2.0})
+    files.close()
+    files.open(3)
+    files.write_evaluation(2, 0.2)
+    for step in (3, 4):
+        files.write_step(step, {"reward": step / 4}, {"step_s": 3.0})
+    files.write_evaluation(4, 0.4)  # on disk without close: a run may be killed
+    curves = {}
+    for run in ("training", "evaluation"):
+        events = EventAccumulator(str(tmp_path / "tensorboard" / run)).Reload()
+        curves |= {(run, tag): [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert curves == {
+        ("training", "metrics/reward"): [(1, 0.125), (2, 0.25), (3, 0.75), (4, 1.0)],
+        ("training", "timings/step_s"): [(1, 2.0), (2, 2.0), (3, 3.0), (4, 3.0)],
+        ("evaluation", "metrics/reward"): [(0, pytest.approx(0.1)), (2, pytest.approx(0.2)), (4, pytest.approx(0.4))],
+    }
+    files.close()
+
+
+def test_a_steps_costs_by_hand():
+    seconds = {"sample": 2.0, "reward": 0.5, "gather": 1.5, "log-probs": 1.0, "update": 3.0}
+    costs = [StepCost(2.0, 7.0, 1 << 30), StepCost(2.5, 6.5, 3 << 30)]
+    assert step_timings(seconds, 8.0, costs, 1000) == {
+        **{f"{name}_s": spent for name, spent in seconds.items()},
+        "step_s": 8.0,
+        "cpu_s": 13.5,
+        "completion_tokens": 1000,
+        "tokens_per_s": 125.0,
+        "sampling_tokens_per_s": 400.0,  # by the slowest rank
+        "training_tokens_per_s": 250.0,
+        "peak_memory_bytes_a_rank": 3 << 30,
+    }
+
+
+# ---- a directory that fails while the run goes on
+
+STOPS = (
+    "can be written no more (No space left on device); the run stops: free space, or make the directory writable, and "
+    "start the same command again: it goes on from its latest checkpoint"
+)
+
+
+def full(path):
+    """Whatever is written there meets a full disk."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "timings.jsonl"])
+def test_a_disk_that_is_full_when_a_step_is_recorded(tmp_path, file):
+    files = directory(tmp_path)
+    files.open(1)
+    full(tmp_path / file)
+    with pytest.raises(RunDirectoryError) as caught:
+        files.write_step(1, {"x": 0.1}, {})
+    assert str(caught.value) == f"{tmp_path} {STOPS}" and caught.value.exit_code == 6
+
+
+def test_rollouts_are_whole_or_not_there(tmp_path):
+    files = directory(tmp_path)
+    files.open(1)
+    full(tmp_path / "rollouts" / "step_000001.parquet.partial")
+    with pytest.raises(RunDirectoryError, match="No space left"):
+        files.write_rollouts(1, GROUPS)
+    assert list((tmp_path / "rollouts").iterdir()) == []
+    (tmp_path / "rollouts").rmdir()
+    with pytest.raises(RunDirectoryError, match="No such file or directory"):
+        files.write_rollouts(1, GROUPS)
+
+
+def test_curves_on_a_full_disk(tmp_path):
+    files = directory(tmp_path)
+    files.open(1)
+    files._curves["training"]._records._writer = open("/dev/full", "wb")  # noqa: SIM115 (closed by files.close)
+    with pytest.raises(RunDirectoryError, match="No space left"):
+        files.write_step(1, {"x": 0.1}, {})
+
+
+def write_and_fail(where):
+    grid = mesh.initialize(1, 1)
+
+    def write():
+        assert grid.is_writer
+        with writing(where):
+            open(where / "nowhere" / "file")  # noqa: SIM115
+
+    try:
+        write_together(grid, write)
+    except RunDirectoryError as error:
+        return str(error)
+
+
+def test_the_writers_failure_is_every_ranks(ranks, tmp_path):
+    answers = ranks(2, write_and_fail, tmp_path)
+    assert answers[0] == answers[1] and answers[0].startswith(f"{tmp_path} can be written no more (No such file")
 
 
 def test_resolved_recipe_is_kept(tmp_path):
@@ -153,3 +314,10 @@ def test_a_file_in_the_directorys_place(tmp_path):
         directory(tmp_path / "runs").check()
     with pytest.raises(ConfigError, match=r"run\.directory=\S+/runs/1 cannot be used \(Not a directory\)"):
         directory(tmp_path / "runs" / "1").check()
+
+
+def test_a_directory_in_which_nothing_can_be_made():
+    with pytest.raises(ConfigError, match=r"run\.directory=/proc/here cannot be used \(No such file or directory\)"):
+        directory("/proc/here").check()
+    with pytest.raises(ConfigError, match=r"run\.directory=/proc/self cannot be used \(.+\); choose another"):
+        directory("/proc/self").check()  # there, and writable by its permission bits

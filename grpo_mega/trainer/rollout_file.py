@@ -1,0 +1,75 @@
+"""A step's rollouts as Parquet: one row a completion, for pandas, datasets, duckdb and whatever else reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from grpo_mega.objective.advantages import group_advantages
+from grpo_mega.types import Group
+
+# rewards is a list of pairs, not a map: Hugging Face's datasets know no map
+SCHEMA = pa.schema(
+    {
+        "step": pa.int64(),  # the first is 1
+        "prompt_index": pa.int64(),  # position in the endless prompt stream
+        "completion": pa.int32(),  # its number in the group
+        "prompt": pa.string(),
+        "prompt_token_ids": pa.list_(pa.int32()),
+        "text": pa.string(),  # the completion's
+        "token_ids": pa.list_(pa.int32()),  # with the stop token, if it was sampled
+        "sampler_logprobs": pa.list_(pa.float64()),  # ln q of each token, nats
+        "finish_reason": pa.string(),  # stop, length
+        "answer": pa.string(),
+        "reward": pa.float64(),
+        "rewards": pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()})),  # the parts, not yet weighted
+        "advantage": pa.float64(),
+        "counts": pa.bool_(),  # false: no part in the loss
+        "error": pa.string(),  # of the reward function
+        "near_boundary": pa.int32(),  # draws that rounding could have decided otherwise
+    }
+)
+
+
+def rollout_bytes(step: int, groups: Sequence[Group]) -> bytes:
+    """The file of one step, rows in the order of the groups and their rollouts."""
+    rows = [row for group in groups for row in _rows(step, group)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _rows(step: int, group: Group) -> list[dict[str, Any]]:
+    rewards = torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float64)
+    return [
+        {
+            "step": step,
+            "prompt_index": group.prompt.index,
+            "completion": number,
+            "prompt": _text(group.prompt.text),
+            "prompt_token_ids": group.prompt.token_ids,
+            "text": _text(rollout.completion.text),
+            "token_ids": rollout.completion.token_ids,
+            "sampler_logprobs": rollout.completion.sampler_logprobs,
+            "finish_reason": rollout.completion.finish_reason,
+            "answer": _text(group.prompt.answer),
+            "reward": rollout.reward,
+            "rewards": [{"name": name, "value": value} for name, value in rollout.parts],
+            "advantage": advantage,
+            "counts": rollout.counts,
+            "error": _text(rollout.error),
+            "near_boundary": rollout.completion.near_boundary,
+        }
+        for number, (rollout, advantage) in enumerate(
+            zip(group.rollouts, group_advantages(rewards).tolist(), strict=True)
+        )
+    ]
+
+
+def _text(text: str | None) -> str | None:
+    """With ? for half a surrogate pair, which a JSON file or an exception can hold and UTF-8 cannot."""
+    return None if text is None else text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,142 @@
+"""`grpo-mega report`: what a person reads of a run directory, whole, half-written, empty or none."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from grpo_mega import cli
+from grpo_mega.config import validate_recipe
+from grpo_mega.errors import ConfigError
+from grpo_mega.trainer.records import RunDirectory
+from grpo_mega.trainer.summary import medians, print_summary
+from grpo_mega.types import Completion, Group, Prompt, Rollout
+
+
+def timings(seconds):
+    return {
+        "step_s": seconds + 2, "sample_s": seconds, "reward_s": 0.0, "gather_s": 0.0, "log-probs_s": 0.5,
+        "update_s": 1.5, "cpu_s": 2 * seconds, "completion_tokens": 100, "tokens_per_s": 10.0 * seconds,
+        "sampling_tokens_per_s": 50.0, "training_tokens_per_s": 25.0, "peak_memory_bytes_a_rank": 1 << 30,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory of no steps, open to be written."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    tree = {"model": {"path": "m"}, "data": {"jsonl": "d"}, "grpo": {"kl_coef": 0.0}}
+    files = RunDirectory(validate_recipe(tree | {"run": {"directory": str(directory), "num_steps": 30}}))
+    files.open(1)
+    yield files
+    files.close()
+
+
+def summary(path):
+    stream = io.StringIO()
+    print_summary(path, Console(file=stream, width=120))
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
+
+
+def rollout(reward, text):
+    return Rollout(Completion((1, 2), (-0.1, -0.2), "stop", text), reward)
+
+
+def test_a_run_by_hand(run):
+    for step in range(1, 25):
+        metrics = {"reward": step / 32, "clip_fraction": 0.25, "entropy": float("nan"), "reward_errors": step == 3}
+        run.write_step(step, metrics, timings(float(step)))
+    run.write_evaluation(0, 0.125)
+    run.write_evaluation(24, 0.75)
+    groups = [
+        Group(Prompt(n, f"question {n}", (1,), "42"), (rollout(0.0, "no"), rollout(n, "x\x1b[2J\ny"))) for n in (1, 2)
+    ]
+    run.write_rollouts(23, groups[:1])
+    run.write_rollouts(24, groups)
+    lines = summary(run.path)
+    assert lines[0] == f"{run.path}: 24 of 30 steps"
+    assert "  grpo       kl_coef=0.0" in lines and "  run        num_steps=30" in lines
+    at = next(n for n, line in enumerate(lines) if line.startswith("steps"))
+    assert lines[at].split() == ["steps", "reward", "clip"]  # what is nowhere measured has no column
+    assert [line.split() for line in lines[at + 1 : at + 13]][::11] == [
+        ["1-2", "0.047", "0.250"],
+        ["23-24", "0.734", "0.250"],
+    ]
+    assert lines[at + 13].startswith("reward, the last 60 steps: ▁▁") and lines[at + 13].endswith("██")
+    assert lines[at + 14 : at + 19] == [
+        "completions whose reward failed: 1",
+        "held-out accuracy: 0.125 after 0 steps, 0.750 after 24 steps",
+        "a step took 14.5 s (medians of 24): sample 12.5, log-probs 0.5, update 1.5",
+        "completion tokens a second: 125; sampling alone 50, log-probs and update 25",
+        "CPU time of a step 25.0 s; peak memory a rank 1.00 GiB",
+    ]
+    assert lines[at + 20 :] == [
+        f"last rollouts: {run.path}/rollouts/step_000024.parquet, 4 completions",
+        "  best: reward 2, advantage +1.00, 2 tokens, stop",
+        "    prompt      question 2   (answer 42)",
+        "    completion  x\ufffd[2J y",  # nothing that could move the cursor
+        "  worst: reward 0, advantage -1.00, 2 tokens, stop",
+        "    prompt      question 2   (answer 42)",
+        "    completion  no",
+    ]
+
+
+def test_no_step_yet(run):
+    lines = summary(run.path)
+    assert lines[0] == f"{run.path}: 0 of 30 steps" and lines[-1] == "no step is recorded yet"
+
+
+def test_what_a_killed_run_left_half_written(run):
+    run.write_step(1, {"reward": 0.5}, timings(1.0))
+    for name in ("metrics", "timings"):
+        with (run.path / f"{name}.jsonl").open("a") as file:
+            file.write('{"step": 2, "rew')
+    (run.path / "rollouts" / "step_000002.parquet").write_bytes(b"PAR1 and then nothing")
+    lines = summary(run.path)
+    assert lines[:2] == [
+        f"{run.path}: 1 of 30 steps",
+        "metrics.jsonl: 1 lines are no whole record (the run was ended while it wrote); passed over",
+    ]
+    assert lines[-1].startswith(f"{run.path}/rollouts/step_000002.parquet cannot be read (")
+
+
+def test_timings_of_an_older_run_are_enough():
+    row = timings(1.0)
+    del row["cpu_s"]
+    assert medians([row, row])["step"] == 3.0 and medians([row])["cpu"] != medians([row])["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere", r"nowhere does not exist; give a run directory \(run\.directory of its recipe\)"),
+        ("file", r"file is a file; give a run directory"),
+        ("folder", r"folder is no run directory: it holds no recipe\.yaml; "),
+    ],
+)
+def test_what_is_no_run_directory(tmp_path, capsys, name, words):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=words):
+        summary(tmp_path / name)
+    assert cli.run(["report", str(tmp_path / name)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"grpo-mega: {tmp_path / name} ") and len(err.splitlines()) == 1
+
+
+def test_the_command(run, capsys):
+    run.write_step(1, {"reward": 0.5}, timings(1.0))
+    assert cli.run(["report", str(run.path)]) == 0
+    assert f"{run.path}: 1 of 30 steps" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.run(["report", str(run.path), "--steps"])
+
+
+def test_it_waits_for_neither_torch_nor_megatron():
+    code = "import sys, grpo_mega.trainer.summary, grpo_mega.cli; print({'torch', 'megatron'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
