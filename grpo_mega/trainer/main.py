@@ -17,6 +17,8 @@ def train(recipe: Recipe) -> None:
     grid = mesh.initialize(recipe.parallel.tensor, recipe.parallel.pipeline)
     progress = Progress(grid.is_writer)
     progress.say(describe(recipe, grid, inputs.layers))
+    for line in inputs.data.lines():
+        progress.say(line)
     with progress.phase_line("loading weights"):
         run = build_run(recipe, inputs, grid, progress)
     start = resume(run)
