@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,11 @@ from grpo_mega.errors import DataError
 
 # tokenizer classes whose ids are the sentencepiece model's own; others (XLM-R's, T5's) shift them or add to them
 PLAIN_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+BESIDE_A_MODEL = ("tokenizer_config.json", "chat_template.jinja")  # what is read beside a sentencepiece model
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *BESIDE_A_MODEL,
+)
 
 
 class ChatTokenizer(Protocol):
@@ -64,6 +70,25 @@ def load_tokenizer(model: str | Path, tokenizer: str | None = None, chat_templat
     if plain and not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
         return load_sentence_piece(path / "tokenizer.model", settings, stops, template)
     return load_hugging_face(path, key, stops, template)
+
+
+def export_tokenizer(destination: Path, tokenizer: str | None, chat_template: str | None) -> None:
+    """Give an exported model folder the tokenizer and the template that the recipe trained it with.
+
+    destination: a copy of model.path's folder, its own tokenizer included; with both arguments None it stays that.
+    """
+    if tokenizer is not None:
+        source = Path(tokenizer)
+        for name in TOKENIZER_FILES:
+            (destination / name).unlink(missing_ok=True)
+        if source.is_file():
+            shutil.copy2(source, destination / "tokenizer.model")
+        for name in TOKENIZER_FILES if source.is_dir() else BESIDE_A_MODEL:
+            file = (source if source.is_dir() else source.parent) / name
+            if file.is_file():
+                shutil.copy2(file, destination / name)
+    if chat_template is not None:
+        shutil.copy2(chat_template, destination / "chat_template.jinja")
 
 
 def _read_template(path: Path) -> tuple[str, str]:

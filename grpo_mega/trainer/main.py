@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grpo_mega.config import Recipe
+from grpo_mega.data.tokenizer import export_tokenizer
 from grpo_mega.model import bridge
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer import checkpoint, loop
@@ -44,6 +45,8 @@ def export(run: Run) -> None:
     if run.mesh.data.first:
         with run.progress.phase_line(f"writing {inputs.directory.hf}"):
             bridge.export(run.policy.model, inputs.arch, run.mesh, inputs.layers, inputs.directory.hf)
+            if run.mesh.is_writer:
+                export_tokenizer(inputs.directory.hf, run.recipe.model.tokenizer, run.recipe.data.chat_template)
 
 
 def resume(run: Run) -> int:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from grpo_mega.data.sentence_piece import SentencePieceTokenizer
-from grpo_mega.data.tokenizer import load_tokenizer
+from grpo_mega.data.tokenizer import export_tokenizer, load_tokenizer
 from grpo_mega.errors import DataError
 
 
@@ -124,6 +124,25 @@ def test_a_tokenizer_from_another_folder_with_the_models_stop_tokens(save_tokeni
     assert tokenizer.prompt_ids(chat("a")) == load_tokenizer(other).prompt_ids(chat("a"))
     with pytest.raises(DataError, match=r"model.tokenizer=.*gone is no folder; .*, or a sentencepiece .model file"):
         load_tokenizer(model, tokenizer=str(tmp_path / "gone"))
+
+
+def test_an_exported_model_gets_the_tokenizer_and_the_template_of_the_recipe(save_tokenizer, tmp_path):
+    other, hf = save_tokenizer("default"), tmp_path / "hf"
+    hf.mkdir()
+    for name in ("tokenizer.model", "vocab.json", "config.json", "chat_template.jinja"):
+        (hf / name).write_text("{}")
+    export_tokenizer(hf, None, None)
+    assert (hf / "tokenizer.model").exists()
+    export_tokenizer(hf, str(other), None)
+    assert {path.name for path in hf.iterdir()} == {path.name for path in other.iterdir()} | {"config.json"}
+    assert load_tokenizer(hf).prompt_ids(chat("a")) == load_tokenizer(other).prompt_ids(chat("a"))
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}!")
+    export_tokenizer(hf, None, str(tmp_path / "t.jinja"))
+    assert rendered(*(t := load_tokenizer(hf), t.prompt_ids(chat("a")))) == "a!"
+    (tmp_path / "my.model.v3").write_bytes(b"pieces")
+    export_tokenizer(hf, str(tmp_path / "my.model.v3"), None)
+    assert {path.name for path in hf.iterdir()} == {"config.json", "tokenizer.model"}
+    assert (hf / "tokenizer.model").read_bytes() == b"pieces"
 
 
 def test_a_folder_of_tokenizer_json_is_hugging_faces_even_beside_a_sentencepiece_model(save_tokenizer):
