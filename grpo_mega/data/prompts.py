@@ -127,7 +127,7 @@ class DataCounts:
     def lines(self) -> list[str]:
         """A line a source: "data: train.jsonl: 7400 prompts, 3 over-long skipped; share 0.75"."""
         lines = [f"data: {self._line(counts)}" for counts in self.training]
-        return [*lines, f"held out: {self._line(self.heldout)}"] if self.heldout.prompts else lines
+        return [*lines, f"held out {self._line(self.heldout)}"] if self.heldout.prompts else lines
 
     def _line(self, counts: SourceCounts) -> str:
         words = [f"{counts.name}: {counts.prompts} prompts"]
@@ -152,11 +152,10 @@ def prompts_of(corpus: Corpus, render: Renderer, *, seed: int) -> tuple[PromptSt
         prompts, too_long = _rendered(part.rows, render, part.source.name)
         streams.append(prompts)
         counts.append(SourceCounts(part.source.name, weight / sum(weights), len(prompts), too_long, part.held_out))
-    name = corpus.heldout_source or "of these"
-    heldout, too_long = _rendered(corpus.heldout, render, name)
+    heldout, too_long = _rendered(corpus.heldout, render, corpus.heldout_source or "the held-out rows")
     heldout = [replace(prompt, index=-1 - i) for i, prompt in enumerate(heldout)]
     stream = PromptStream(streams, seed=seed, weights=weights)
-    of_heldout = SourceCounts(name, None, len(heldout), too_long)
+    of_heldout = SourceCounts(corpus.heldout_source or "of these", None, len(heldout), too_long)
     return stream, heldout, DataCounts(render.overlong, tuple(counts), of_heldout)
 
 

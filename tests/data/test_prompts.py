@@ -166,7 +166,7 @@ def test_every_row_is_counted_once_and_told(renderer, sources):
     assert lines == [
         "data: one.jsonl: 2 prompts, 1 over-long skipped, 1 rows with a held-out prompt left out; share 0.75",
         "data: two.jsonl: 1 prompts, 1 over-long skipped; share 0.25",
-        "held out: test.jsonl: 2 prompts, 1 over-long skipped",
+        "held out test.jsonl: 2 prompts, 1 over-long skipped",
     ]
 
 
