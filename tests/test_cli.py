@@ -198,7 +198,8 @@ MISTAKES = {
     ),
     "prompt too long": (
         {"data": {"jsonl": "long", "heldout": 0}}, [], 3,
-        r"long:2: the prompt has 202 tokens, .*max_completion_tokens=4 too many for a context of 128; remove the row",
+        r"long:2: the prompt has 202 tokens, .*max_completion_tokens=4 too many for a context of 128; remove the row, "
+        r"or set data\.overlong to skip or truncate_left",
     ),
     "group of one": (
         {"grpo": {"group_size": 1}}, [], 2,

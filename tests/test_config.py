@@ -92,7 +92,8 @@ def test_text_is_taken_as_it_stands(load):
 
 def test_the_resolved_recipe_is_the_same_recipe(load):
     recipe = load(
-        LEAST, *("--optimizer.lr=1e-6", "--model.path=1e5", "--data.task={a: .inf, b: [1, 2e-3], c: '1e-6', d: 'null'}")
+        LEAST.replace("jsonl: train.jsonl", "reasoning_gym: gcd"),
+        *("--optimizer.lr=1e-6", "--model.path=1e5", "--data.task={a: .inf, b: [1, 2e-3], c: '1e-6', d: 'null'}"),
     )
     assert load(to_yaml(recipe)) == recipe
     assert "num_iterations: 1\n" in to_yaml(recipe)  # defaults are written out
@@ -120,8 +121,8 @@ def test_the_resolved_recipe_is_the_same_recipe(load):
         (LEAST + "sampling: {stop_token_ids: [2, -1]}\n", "sampling.stop_token_ids.1=-1 should be greater than or"),
         (LEAST.replace("out}", "out, save_every: true}"), "run.save_every=True should be a valid integer"),
         (LEAST.replace("out}", "out, num_steps: {a: 1}}"), "run.num_steps={'a': 1} should be a valid integer"),
-        (LEAST.replace("jsonl: train.jsonl", ""), "data.jsonl and data.reasoning_gym: neither given; give exactly one"),
-        (LEAST.replace("}\nrun", ", reasoning_gym: gcd}\nrun"), "data.jsonl and data.reasoning_gym: both given; give"),
+        (LEAST.replace("jsonl: train.jsonl", ""), "no source is given; give exactly one of data.jsonl, data.parquet,"),
+        (LEAST.replace("}\nrun", ", reasoning_gym: gcd}\nrun"), "data.jsonl and data.reasoning_gym are given; give"),
         (LEAST.replace("}\nrun", ", instruction: Go}\nrun"), "data.instruction='Go' does not contain {prompt}; put"),
         (
             LEAST + "parallel: {pipeline: 2, pipeline_layout: [1, 2, 3]}\n",

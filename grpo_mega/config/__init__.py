@@ -4,7 +4,7 @@ A recipe states what to compute. How many ranks there are is not its business: d
 world size. Unknown keys are errors that name the nearest known one. `recipe` has the sections; `loading` the files.
 """
 
-from grpo_mega.config.data import DataConfig
+from grpo_mega.config.data import DataConfig, PlaceConfig, SourceConfig
 from grpo_mega.config.loading import load_recipe, to_yaml, validate_recipe
 from grpo_mega.config.recipe import OptimizerConfig, ParallelConfig, Recipe
 from grpo_mega.config.reward import RewardConfig
@@ -13,8 +13,10 @@ __all__ = [
     "DataConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PlaceConfig",
     "Recipe",
     "RewardConfig",
+    "SourceConfig",
     "load_recipe",
     "to_yaml",
     "validate_recipe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -113,23 +113,49 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _holds_text(key: str) -> bool:
-    section, _, name = key.partition(".")
-    fields = _fields(section)
-    return name in fields and fields[name].annotation in (str, str | None)
+    *parents, name = key.split(".")
+    field = _fields(parents).get(name)
+    if field is None:
+        return False
+    choices = get_args(field.annotation) or (field.annotation,)
+    plain = {get_args(item)[0] if get_origin(item) is Annotated else item for item in choices}
+    return str in plain and plain <= {str, type(None)}
 
 
-def _fields(section: str) -> Mapping[str, Any]:
-    annotation: Any = Recipe.model_fields[section].annotation if section in Recipe.model_fields else Section
-    return annotation.model_fields
+def _fields(path: Sequence[str | int]) -> Mapping[str, Any]:
+    """The keys of the section at `path` ("data", "sources", 0); none where there is no section."""
+    section: Any = Recipe
+    for part in path:
+        if str(part).isdigit():  # an entry of a list of sections, which its key has led to already
+            continue
+        field = section.model_fields.get(part)
+        section = Section if field is None else _section_in(field.annotation)
+    return section.model_fields
 
 
-def _set(section: dict[str, Any], name: str, value: Any, key: str) -> None:
+def _section_in(annotation: Any) -> type[Section]:
+    """The section that a key holds: as it is, optional, or in a list; one without keys when it holds something else."""
+    candidates = (annotation, *get_args(annotation))
+    return next((item for item in candidates if isinstance(item, type) and issubclass(item, Section)), Section)
+
+
+def _set(parent: dict[str, Any] | list[Any], name: str, value: Any, key: str) -> None:
     head, _, tail = name.partition(".")
+    place: Any = head
+    if isinstance(parent, list):
+        if not head.isdigit() or int(head) >= len(parent):
+            raise ConfigError(
+                f"--{key}: there is no entry {head!r} in a list of {len(parent)}; write a number below {len(parent)}, "
+                "or give the whole list"
+            )
+        place = int(head)
+    elif parent.get(head) is None:
+        parent[head] = {}
     if not tail:
-        section[head] = value
+        parent[place] = value
         return
-    child = section.setdefault(head, {})
-    if not isinstance(child, dict):
+    child = parent[place]
+    if not isinstance(child, (dict, list)):
         raise ConfigError(f"--{key}: {head!r} holds {child!r}, so it has no key {tail!r}; drop .{tail}")
     _set(child, tail, value, key)
 
@@ -141,19 +167,23 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
 
 
 def _describe(item: Any) -> str:
-    """One problem as a sentence: a validator's message continues "section.key=value ..." unless it names its keys."""
+    """One problem as a sentence: a validator's message continues "section.key=value ..." unless it names its keys.
+
+    A validator of a nested section (an entry of data.sources) does not know where it stands: that is put before it.
+    """
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {where}{nearest(str(item['loc'][-1]), _fields(item['loc'][0]))}"
+        return f"unknown key {where}{nearest(str(item['loc'][-1]), _fields(item['loc'][:-1]))}"
     if item["type"] == "missing":
         if len(item["loc"]) == 1:
             return f"section {where} is missing; write {where}: and its keys below it"
         return f"{where} is missing and has no default; write it in the recipe or pass --{where} value"
     message, found = item["msg"].removeprefix("Value error, "), item["input"]
     if item["type"] == "value_error" and isinstance(found, dict):
-        return message
+        return message if len(item["loc"]) <= 1 else f"{where}: {message}"
     if item["type"] == "string_type":
         return f"{where}={found!r} was not read as text; put it in quotes"
+    message = re.sub(r" or instance of \w+", "", message)
     for pydantic_word, ours in _WORDS.items():
         message = message.replace(pydantic_word, ours)
     return f"{where}={found!r} {message}"

@@ -13,6 +13,7 @@ from grpo_mega.config.reward import RewardConfig
 
 class ModelConfig(Section):
     path: Name  # Hugging Face folder of the policy's first weights
+    tokenizer: Name | None = None  # another folder's tokenizer, or a sentencepiece .model file; default: of model.path
     recompute: Literal["none", "full"] = "none"  # full: activations of a layer are computed again in the backward
 
 

@@ -1,92 +1,171 @@
-"""Prompts: rows as they are put to the policy, and the endless deterministic stream of them."""
+"""Prompts: rows as they are put to the policy, checked for length, and what that left of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_mega.config import DataConfig
-from grpo_mega.data.rows import Row, shuffled
+from grpo_mega.data.corpus import Corpus
+from grpo_mega.data.mixture import PromptStream
+from grpo_mega.data.rows import Message, Row
 from grpo_mega.data.tokenizer import ChatTokenizer
-from grpo_mega.errors import CheckpointError, DataError
+from grpo_mega.errors import ConfigError, DataError
 from grpo_mega.types import Prompt
 
-Render = Callable[[Row, int], Prompt]
 
-
-@dataclass(frozen=True, slots=True)
 class Renderer:
     """Row -> Prompt: the instruction around the row's text, the chat template around that, and the length checked.
 
-    Raises DataError for a prompt of p tokens when p + max_completion_tokens > context_length, or when p is 0.
+    A prompt may have data.max_prompt_tokens tokens, and never more than the context leaves beside a completion of
+    `max_completion_tokens`. Raises ConfigError at construction when that leaves no token, or when max_prompt_tokens
+    asks for more.
     """
 
-    config: DataConfig
-    tokenizer: ChatTokenizer
-    max_completion_tokens: int
-    context_length: int
+    def __init__(
+        self, config: DataConfig, tokenizer: ChatTokenizer, max_completion_tokens: int, context_length: int
+    ) -> None:
+        self._config, self._tokenizer, self.overlong = config, tokenizer, config.overlong
+        self._completion, self._context = max_completion_tokens, context_length
+        left = context_length - max_completion_tokens
+        if left < 1:
+            raise ConfigError(
+                f"sampling.max_completion_tokens={max_completion_tokens} leaves no room for a prompt in a context of "
+                f"{context_length}; lower it"
+            )
+        if config.max_prompt_tokens is not None and config.max_prompt_tokens > left:
+            raise ConfigError(
+                f"data.max_prompt_tokens={config.max_prompt_tokens} and sampling.max_completion_tokens="
+                f"{max_completion_tokens} exceed a context of {context_length}; use data.max_prompt_tokens={left}, or "
+                "leave it out"
+            )
+        self.limit = config.max_prompt_tokens or left
 
-    def __call__(self, row: Row, index: int) -> Prompt:
-        # replace, not format: instructions and prompts are full of braces (LaTeX, JSON)
-        text = self.config.instruction.replace("{prompt}", row["prompt"])
-        token_ids = self.tokenizer.prompt_ids(text, self.config.system)
+    def __call__(self, row: Row, index: int) -> tuple[Prompt | None, bool]:
+        """The prompt, and whether it was over-long: then it is None under data.overlong=skip, and its last `limit`
+        tokens under truncate_left (what the template puts first, a system message say, goes first).
+
+        Raises DataError naming the row when the prompt is over-long under `refuse`, has no tokens, or has no place in
+        the chat template.
+        """
+        messages, text = self._messages(row)
+        try:
+            token_ids = self._tokenizer.prompt_ids(messages)
+        except DataError as error:
+            raise DataError(f"{row['origin']}: {error}") from None
         if not token_ids:
             raise DataError(f"{row['origin']}: {text!r} has no tokens to go on from; remove the row")
-        left = self.context_length - len(token_ids)
-        if left < self.max_completion_tokens:
-            lower = f", or lower sampling.max_completion_tokens to {left}" if left > 0 else ""
-            raise DataError(
-                f"{row['origin']}: the prompt has {len(token_ids)} tokens, with sampling.max_completion_tokens="
-                f"{self.max_completion_tokens} too many for a context of {self.context_length}; remove the row{lower}"
-            )
-        return Prompt(index=index, text=text, token_ids=token_ids, answer=row["answer"], row=row["fields"])
+        overlong = len(token_ids) > self.limit
+        if overlong and self.overlong == "refuse":
+            raise DataError(f"{row['origin']}: {self._refusal(len(token_ids))}")
+        if overlong and self.overlong == "skip":
+            return None, True
+        token_ids = token_ids[-self.limit :]
+        return Prompt(index=index, text=text, token_ids=token_ids, answer=row["answer"], row=row["fields"]), overlong
 
-
-class PromptStream:
-    """The endless stream of training prompts, the same on every rank: epoch e is a permutation decided by (seed, e).
-
-    Every row is rendered, and so checked, at construction. `Prompt.index` is the position in the stream: prompt i is
-    row permutation(seed, i // rows)[i % rows]. A count that does not divide the epoch runs on into the next one.
-    """
-
-    def __init__(self, rows: Sequence[Row], render: Render, *, seed: int) -> None:
-        if not rows:
-            raise DataError("there are no training rows; give at least one")
-        self._prompts = [render(row, 0) for row in rows]
-        self._seed, self._cursor = seed, 0
-        self._epoch, self._order = -1, list[int]()
-
-    def next(self, count: int) -> list[Prompt]:
-        """The next `count` prompts of the stream; a rank takes its share of them afterwards."""
-        start, self._cursor = self._cursor, self._cursor + count
-        return [self._at(index) for index in range(start, self._cursor)]
-
-    def _at(self, index: int) -> Prompt:
-        epoch, place = divmod(index, len(self._prompts))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, shuffled(len(self._prompts), "epoch", self._seed, epoch)
-        return replace(self._prompts[self._order[place]], index=index)
-
-    def state(self) -> dict[str, int]:
-        """What a checkpoint keeps: the index of the next prompt, and what the stream was made of."""
-        return {"cursor": self._cursor, "rows": len(self._prompts), "seed": self._seed}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises CheckpointError when it is damaged or of another stream."""
-        cursor = state.get("cursor")
-        if type(cursor) is not int or cursor < 0:
-            raise CheckpointError(f"the checkpoint's prompt cursor is {cursor!r}, not a count; use another checkpoint")
-        here = self.state()
-        for key, source in (("rows", "the training rows"), ("seed", "run.seed")):
-            if state.get(key) != here[key]:
-                raise CheckpointError(
-                    f"the checkpoint's prompt stream has {key}={state.get(key)}, this run's has {key}={here[key]}, so "
-                    f"prompts would repeat or go missing; resume with {source} it was saved with"
+    def _messages(self, row: Row) -> tuple[list[Message], str]:
+        """The conversation, and its last user message: there data.instruction surrounds what the row says."""
+        # replace, not format: instructions and prompts are full of braces (LaTeX, JSON)
+        text = self._config.instruction.replace("{prompt}", row["prompt"])
+        messages: list[Message] = list(row["messages"] or [{"role": "user"}])
+        last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+        messages[last] = {**messages[last], "content": text}
+        if self._config.system is not None:
+            if any(message["role"] == "system" for message in messages):
+                raise DataError(
+                    f"{row['origin']}: the row has a system message, and so has the recipe (data.system="
+                    f"{self._config.system!r}); leave one of them out"
                 )
-        self._cursor = cursor
+            messages.insert(0, {"role": "system", "content": self._config.system})
+        return messages, text
+
+    def _refusal(self, tokens: int) -> str:
+        policies = "or set data.overlong to skip or truncate_left"
+        if self._config.max_prompt_tokens is not None:
+            return (
+                f"the prompt has {tokens} tokens, more than data.max_prompt_tokens={self.limit}; remove the row, raise "
+                f"the limit, {policies}"
+            )
+        left = self._context - tokens
+        lower = f" lower sampling.max_completion_tokens to {left}," if left > 0 else ""
+        return (
+            f"the prompt has {tokens} tokens, with sampling.max_completion_tokens={self._completion} too many for a "
+            f"context of {self._context}; remove the row,{lower} {policies}"
+        )
 
 
-def heldout_prompts(rows: Sequence[Row], render: Render) -> list[Prompt]:
-    """The held-out rows as prompts with index -1, -2, ...: no training prompt draws the same sampling noise."""
-    return [render(row, -1 - i) for i, row in enumerate(rows)]
+@dataclass(frozen=True, slots=True)
+class SourceCounts:
+    """What became of one source's rows. `share` of all training prompts come from it; None for held-out problems."""
+
+    name: str
+    share: float | None
+    prompts: int
+    overlong: int = 0  # skipped, or truncated
+    held_out: int = 0  # training rows dropped because their problem is held out
+
+
+@dataclass(frozen=True, slots=True)
+class DataCounts:
+    """What became of all rows, for a person to read and for records to keep."""
+
+    overlong: str  # the policy: refuse, skip or truncate_left
+    training: tuple[SourceCounts, ...]
+    heldout: SourceCounts
+
+    def record(self) -> dict[str, Any]:
+        """Totals that a record can hold: prompts trained on, held out, and over-long of both."""
+        every = (*self.training, self.heldout)
+        return {
+            "training_prompts": sum(counts.prompts for counts in self.training),
+            "heldout_prompts": self.heldout.prompts,
+            "overlong_prompts": sum(counts.overlong for counts in every),
+            "training_rows_held_out": sum(counts.held_out for counts in self.training),
+        }
+
+    def lines(self) -> list[str]:
+        """A line a source: "data: train.jsonl: 7400 prompts, 3 over-long skipped; share 0.75"."""
+        lines = [f"data: {self._line(counts)}" for counts in self.training]
+        return [*lines, f"held out {self._line(self.heldout)}"] if self.heldout.prompts else lines
+
+    def _line(self, counts: SourceCounts) -> str:
+        words = [f"{counts.name}: {counts.prompts} prompts"]
+        if counts.overlong:
+            done = "skipped" if self.overlong == "skip" else "truncated on the left"
+            words.append(f"{counts.overlong} over-long {done}")
+        if counts.held_out:
+            words.append(f"{counts.held_out} rows with a held-out prompt left out")
+        share = "" if counts.share is None or len(self.training) == 1 else f"; share {counts.share:.4g}"
+        return ", ".join(words) + share
+
+
+def prompts_of(corpus: Corpus, render: Renderer, *, seed: int) -> tuple[PromptStream, list[Prompt], DataCounts]:
+    """The training stream, the held-out prompts, and the counts of both; every row is rendered, and so checked.
+
+    Held-out prompts have the indices -1, -2, ...: no training prompt draws the same sampling noise.
+    Raises DataError when a source has over-long prompts only, and what `render` raises.
+    """
+    weights = [part.source.weight for part in corpus.training]
+    streams, counts = [], []
+    for part, weight in zip(corpus.training, weights, strict=True):
+        prompts, too_long = _rendered(part.rows, render, part.source.name)
+        streams.append(prompts)
+        counts.append(SourceCounts(part.source.name, weight / sum(weights), len(prompts), too_long, part.held_out))
+    heldout, too_long = _rendered(corpus.heldout, render, corpus.heldout_source or "the held-out rows")
+    heldout = [replace(prompt, index=-1 - i) for i, prompt in enumerate(heldout)]
+    stream = PromptStream(streams, seed=seed, weights=weights)
+    of_heldout = SourceCounts(corpus.heldout_source or "of these", None, len(heldout), too_long)
+    return stream, heldout, DataCounts(render.overlong, tuple(counts), of_heldout)
+
+
+def _rendered(rows: Iterable[Row], render: Renderer, name: str) -> tuple[list[Prompt], int]:
+    """The rows' prompts, and how many were over-long."""
+    pairs = [render(row, 0) for row in rows]
+    prompts = [prompt for prompt, _ in pairs if prompt is not None]
+    if pairs and not prompts:
+        raise DataError(
+            f"every prompt of {name} ({len(pairs)} rows) has more than {render.limit} tokens and is skipped; raise "
+            "data.max_prompt_tokens, lower sampling.max_completion_tokens, or set data.overlong=truncate_left"
+        )
+    return prompts, sum(overlong for _, overlong in pairs)

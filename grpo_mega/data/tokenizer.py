@@ -1,77 +1,120 @@
-"""The policy's tokenizer and chat template: the only module that talks to transformers about text."""
+"""What training asks of a tokenizer, and which kind a model has: Hugging Face's, or a sentencepiece model."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from grpo_mega.data.hugging_face import load_hugging_face
+from grpo_mega.data.rows import Message
+from grpo_mega.data.sentence_piece import load_sentence_piece
 from grpo_mega.errors import DataError
 
+# tokenizer classes whose ids are the sentencepiece model's own; others (XLM-R's, T5's) shift them or add to them
+PLAIN_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+BESIDE_A_MODEL = ("tokenizer_config.json", "chat_template.jinja")  # what is read beside a sentencepiece model
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *BESIDE_A_MODEL,
+)
 
-class ChatTokenizer:
-    """A Hugging Face tokenizer, seen as the four things that training asks of one.
+
+class ChatTokenizer(Protocol):
+    """A tokenizer with its chat template.
 
     stop_token_ids: ascending; the tokenizer's end of sequence and what generation_config.json adds (end of turn).
     vocab_size: all ids it can produce, added tokens included; at most the model's (padded) vocabulary.
     """
 
-    def __init__(self, tokenizer: Any, *, name: str = "tokenizer", more_stop_token_ids: Sequence[int] = ()) -> None:
-        self._tokenizer, self._name = tokenizer, name
-        eos = tokenizer.eos_token_id
-        self.stop_token_ids: tuple[int, ...] = tuple(sorted({*more_stop_token_ids, *([] if eos is None else [eos])}))
-        self.vocab_size: int = len(tokenizer)
+    stop_token_ids: tuple[int, ...]
+    vocab_size: int
 
-    def prompt_ids(self, user_text: str, system: str | None = None) -> tuple[int, ...]:
-        """Token ids of one user message, ready for the policy to answer.
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation of {role, content}, ready for the policy to answer.
 
-        With a chat template: `system` None leaves the system message to the template (some bring one of their own);
-        any text, "" too, is sent as the system message, and an empty one is how a template's own is replaced by
-        nothing. Without one: the text as it stands, with the special tokens that the tokenizer adds.
-
-        Special tokens spelled out in `user_text` become special tokens; rows are taken to be trusted.
-        Raises DataError when the template refuses the messages, or when there is no place for a system message.
+        With a chat template: whatever it makes of the messages and of an empty system message (the way to replace a
+        template's own by nothing). Without one: the text of a single user message as it stands, with the special
+        tokens that the tokenizer adds.
+        Raises DataError when the template refuses the messages, or when there is none and they are more than one text.
         """
-        if not self._tokenizer.chat_template:
-            if system:
-                raise DataError(
-                    f"data.system={system!r}, but {self._name} has no chat template to put it in; "
-                    "write it into data.instruction"
-                )
-            return tuple(self._tokenizer.encode(user_text))
-        messages = [{"role": "user", "content": user_text}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        try:
-            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is a program of the model's: jinja2's errors, and whatever it raises
-            remedy = "leave data.system out" if system is not None else "mend the template in tokenizer_config.json"
-            raise DataError(f"the chat template of {self._name} failed ({error}); {remedy}") from None
-        return tuple(ids)
+        ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, without special tokens and without tidying of spaces."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ...
 
 
-def load_tokenizer(folder: str | Path) -> ChatTokenizer:
-    """The tokenizer in a Hugging Face model folder; never the network, never code from the folder. Raises DataError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"model.path={folder} is no folder; give one with tokenizer.json and tokenizer_config.json")
-    from transformers import AutoTokenizer  # seconds to import
+def load_tokenizer(model: str | Path, tokenizer: str | None = None, chat_template: str | None = None) -> ChatTokenizer:
+    """The tokenizer of the recipe: model.path's, or model.tokenizer's (a folder, or a sentencepiece .model file).
 
+    A folder with tokenizer.json is Hugging Face's; one with tokenizer.model alone is read by sentencepiece itself,
+    because transformers' conversion of such a file gives other ids (5.23, "two  spaces" with Mistral's models).
+    chat_template: a Jinja file that takes the place of the tokenizer's own template. Stop tokens are the tokenizer's,
+    and those of generation_config.json beside it and in the model's folder.
+    Never the network, never code from the folder. Raises DataError.
+    """
+    path, key = (Path(model), "model.path") if tokenizer is None else (Path(tokenizer), "model.tokenizer")
+    template = None if chat_template is None else _read_template(Path(chat_template))
+    if not path.exists() or (path.is_file() and tokenizer is None):
+        either = "" if tokenizer is None else ", or a sentencepiece .model file"
+        raise DataError(f"{key}={path} is no folder; give one with tokenizer.json and tokenizer_config.json{either}")
+    folder = path if path.is_dir() else path.parent
+    stops = sorted({*_generation_stops(folder), *_generation_stops(Path(model))})
+    settings = _settings(folder)
+    if path.is_file():
+        return load_sentence_piece(path, settings, stops, template)
+    plain = str(settings.get("tokenizer_class", PLAIN_CLASSES[0])).removesuffix("Fast") in PLAIN_CLASSES
+    if plain and not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
+        return load_sentence_piece(path / "tokenizer.model", settings, stops, template)
+    return load_hugging_face(path, key, stops, template)
+
+
+def export_tokenizer(destination: Path, tokenizer: str | None, chat_template: str | None) -> None:
+    """Give an exported model folder the tokenizer and the template that the recipe trained it with.
+
+    destination: a copy of model.path's folder, its own tokenizer included; with both arguments None it stays that.
+    """
+    if tokenizer is not None:
+        source = Path(tokenizer)
+        for name in TOKENIZER_FILES:
+            (destination / name).unlink(missing_ok=True)
+        if source.is_file():
+            shutil.copy2(source, destination / "tokenizer.model")
+        for name in TOKENIZER_FILES if source.is_dir() else BESIDE_A_MODEL:
+            file = (source if source.is_dir() else source.parent) / name
+            if file.is_file():
+                shutil.copy2(file, destination / name)
+    if chat_template is not None:
+        shutil.copy2(chat_template, destination / "chat_template.jinja")
+
+
+def _read_template(path: Path) -> tuple[str, str]:
+    """The text of data.chat_template, and what messages call it."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsers do
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) <= 200 else reason[:197] + "..."
-        raise DataError(
-            f"model.path={folder} holds no tokenizer that transformers can load ({reason}); "
-            "put tokenizer.json and tokenizer_config.json there"
-        ) from None
-    return ChatTokenizer(tokenizer, name=str(folder), more_stop_token_ids=_generation_stops(folder))
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"data.chat_template={path} cannot be read ({error.strerror}); give a Jinja file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.chat_template={path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if not text.strip():
+        raise DataError(f"data.chat_template={path} is empty; write the template, or leave the key out")
+    return text, str(path)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); mend it") from None
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} holds no JSON object; mend it")
+    return settings
 
 
 def _generation_stops(folder: Path) -> list[int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 
 from grpo_mega.config import Recipe
+from grpo_mega.data.tokenizer import export_tokenizer
 from grpo_mega.errors import RunDirectoryError
 from grpo_mega.model import bridge
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer import checkpoint, loop
 from grpo_mega.trainer.progress import Progress, progress_on
-from grpo_mega.trainer.records import raise_together, write_together
+from grpo_mega.trainer.records import raise_together, write_together, writing
 from grpo_mega.trainer.report import how_to_go_on, report
 from grpo_mega.trainer.setup import Inputs, Run, build_run, read_inputs
 
@@ -28,6 +29,8 @@ def train(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, inputs: Inputs, grid: mesh.Mesh, progress: Progress) -> None:
     progress.say(describe(recipe, grid, inputs.layers))
+    for line in inputs.data.lines():
+        progress.say(line)
     with progress.task("loading weights"):
         run = build_run(recipe, inputs, grid, progress)
     start = resume(run)
@@ -52,6 +55,9 @@ def export(run: Run) -> None:
         if run.mesh.data.first:
             try:
                 bridge.export(run.policy.model, inputs.arch, run.mesh, inputs.layers, inputs.directory.hf, tick)
+                if run.mesh.is_writer:
+                    with writing(inputs.directory.hf):
+                        export_tokenizer(inputs.directory.hf, run.recipe.model.tokenizer, run.recipe.data.chat_template)
             except RunDirectoryError as error:
                 failure = error
         raise_together(run.mesh, failure)

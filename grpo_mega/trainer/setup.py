@@ -9,8 +9,9 @@ from functools import partial
 from torch import Tensor
 
 from grpo_mega.config import Recipe
-from grpo_mega.data.prompts import PromptStream, Renderer, heldout_prompts
-from grpo_mega.data.rows import load_rows
+from grpo_mega.data.corpus import load_corpus
+from grpo_mega.data.mixture import PromptStream
+from grpo_mega.data.prompts import DataCounts, Renderer, prompts_of
 from grpo_mega.data.tokenizer import ChatTokenizer, load_tokenizer
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture, read_architecture
@@ -40,6 +41,7 @@ class Inputs:
     tokenizer: ChatTokenizer
     prompts: PromptStream
     heldout: list[Prompt]
+    data: DataCounts
     reward: tuple[Part, ...]
     directory: RunDirectory
     layers: tuple[int, ...]
@@ -63,23 +65,25 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     """Read and check all inputs; every rank does it alone and fails alike. Raises GrpoMegaError."""
     arch = check_cheaply(recipe, world_size)
     reward = resolve_reward(recipe.reward, recipe.sampling.max_completion_tokens)
-    training, heldout = load_rows(recipe.data, recipe.run.seed)
-    for row in (*training, *heldout):
+    corpus = load_corpus(recipe.data, recipe.run.seed)
+    for row in corpus.rows():
         check_row(recipe.reward, row["origin"], row["answer"], row["fields"])
-    tokenizer = load_tokenizer(recipe.model.path)
+    tokenizer = load_tokenizer(recipe.model.path, recipe.model.tokenizer, recipe.data.chat_template)
     if tokenizer.vocab_size > arch.vocab_size:
         raise ConfigError(
-            f"the tokenizer of {recipe.model.path} has {tokenizer.vocab_size} tokens, its model {arch.vocab_size}; use "
-            "the tokenizer that the model was made with"
+            f"the tokenizer of {recipe.model.tokenizer or recipe.model.path} has {tokenizer.vocab_size} tokens, the "
+            f"model {arch.vocab_size}; use the tokenizer that the model was made with"
         )
     render = Renderer(recipe.data, tokenizer, recipe.sampling.max_completion_tokens, arch.context_length)
     directory = RunDirectory(recipe)
     directory.check()
+    prompts, heldout, counts = prompts_of(corpus, render, seed=recipe.run.seed)
     return Inputs(
         arch=arch,
         tokenizer=tokenizer,
-        prompts=PromptStream(training, render, seed=recipe.run.seed),
-        heldout=heldout_prompts(heldout, render),
+        prompts=prompts,
+        heldout=heldout,
+        data=counts,
         reward=reward,
         directory=directory,
         layers=layers_per_stage(arch, recipe.parallel.pipeline, recipe.parallel.pipeline_layout),
