@@ -343,7 +343,7 @@ def test_two_real_ranks_end_at_once(here, recipe, starter):
 def test_a_reward_that_is_down_ends_every_rank_with_its_reason(here, recipe):
     (here / "judge.py").write_text("def judge(texts, answers, rows):\n    raise ConnectionError('no judge at 8000')\n")
     parts = {"judge": {"function": "judge:judge", "batch": True}, "short": {"function": "length"}}
-    path = recipe(reward={"function": None, "parts": parts}, run={"num_steps": 9}, data={"heldout": 0})
+    path = recipe(reward={"function": None, "parts": parts}, run={"num_steps": 9, "save_every": 0}, data={"heldout": 0})
     done = command(path, "--ranks", "2", cwd=here)
     assert done.returncode == 4, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("grpo-mega rank ")]
