@@ -87,7 +87,7 @@ def draw(
     collectives.sum_(found, group)
     logprobs = (found[:, 1] - (top + torch.log(total))).to(logits.dtype)
     near = found[:, 2] > 0
-    if keeps is None:
+    if keeps is None or near_threshold is None:
         return Drawn(found[:, 0].long(), logprobs, near)
     row, place = keeps.nonzero(as_tuple=True)
     return Drawn(found[:, 0].long(), logprobs, near | near_threshold, (row, place + part.start))

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from grpo_mega.errors import CheckpointError
@@ -63,7 +64,12 @@ def save(directory: Path, step: int, policy: Policy, state: dict[str, Any], mesh
             pointer.replace(directory / "latest")
 
     write_together(mesh, begin)
-    _save_shards(partial, policy, mesh)
+    try:
+        _save_shards(partial, policy, mesh)
+    finally:
+        # megatron keeps a manager's process from here to the interpreter's end, which a rank that fails later does not
+        # reach: the orphan would hold the terminal's pipes (dist_checkpointing/strategies/filesystem_async.py)
+        filesystem_async._results_queue = None
     dist.barrier()
     write_together(mesh, publish)
     return final

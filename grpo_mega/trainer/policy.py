@@ -38,7 +38,8 @@ class Scorer:
 
     def __init__(self, model: TrunkModel, vocab_size: int, mesh: Mesh, temperature: float):
         self.model, self.vocab_size, self.mesh, self.temperature = model, vocab_size, mesh, temperature
-        self.dtype = model.config.params_dtype
+        # of log-probs and of what the objective multiplies them with: bf16 would round a loss weight by 0.4 %
+        self.dtype = torch.promote_types(model.config.params_dtype, torch.float32)
         self._entry: nn.Module = model  # what megatron's schedule calls
 
     @torch.no_grad()

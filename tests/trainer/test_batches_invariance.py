@@ -160,7 +160,7 @@ class Bench:
         self.layout = (tensor, pipeline, sequence)
         self.mesh = mesh.initialize(tensor, pipeline)
         self.positions = positions[self.mesh.data.rank]
-        self.arch, self.dtype = read_architecture(folders[0]), dtype
+        self.arch = read_architecture(folders[0])
         self.layers = layers_per_stage(self.arch, pipeline)
         recipe = recipe_of(folders[0], *self.layout)
         settings = {"mesh": self.mesh, "parallel": recipe.parallel, "dtype": dtype}
@@ -173,7 +173,7 @@ class Bench:
 
     def batches(self, recipe, old=None):
         mine = [GROUPS[position] for position in self.positions]
-        for part in minibatches(mine, self.positions, recipe, self.mesh, self.dtype):
+        for part in minibatches(mine, self.positions, recipe, self.mesh, self.policy.dtype):
             yield with_logprobs(part, (old or self.old).logprobs(part), self.reference.logprobs(part))
 
     def total(self, metrics):
@@ -201,11 +201,15 @@ def all_cases(folders, layout, scratch):
     return results if bench.mesh.is_writer else None
 
 
-def first_updates(folders, layout, scratch):
-    """Metrics of two float32 updates on one batch, old log-probs from a forward of their own; the first gradient."""
-    bench = Bench(folders, layout, torch.float32)
+def first_updates(folders, layout, scratch, dtype=torch.float32):
+    """Metrics of two updates on one batch, old log-probs from a forward of their own; the first gradient."""
+    bench = Bench(folders, layout, dtype)
     recipe = recipe_of(folders[0], *bench.layout, kl_coef=0.1, cut=(1, 24), clip=1e-6)
     (batches,) = bench.batches(recipe, old=bench.policy)
+    for batch in batches:
+        assert {t.dtype for t in (batch.loss_weights, batch.advantages, batch.ref_logprobs) if t is not None} == {
+            torch.float32
+        }
     bench.policy.gradients(batches, objective_of(recipe))
     gradients = bench.gradients(scratch)
     bench.policy.begin_step()
@@ -291,3 +295,19 @@ def test_norm_that_clips_is_the_gradients(updates, name):
     (first, _), gradients = updates(name)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["one process", "pipeline 2", "tensor 2 sequence"])
+def test_bf16_is_float32_to_bf16s_rounding(ranks, folders, updates, tmp_path, name):
+    """Weights and activations have 8 bits, log-probs, weights of tokens and gradients' sums 24."""
+    (first, second), gradients = ranks(
+        world_size(name), first_updates, folders, LAYOUTS[name], tmp_path, torch.bfloat16
+    )[0]
+    (wanted, _), exact = updates(name)
+    assert first["clip_fraction"] == 0.0 and first["ratio"] == pytest.approx(1, abs=1e-6)
+    assert second["ratio"] != 1
+    for metric in ("logprob", "entropy", "kl"):
+        assert first[metric] == pytest.approx(wanted[metric], abs=0.02) and first[metric] != wanted[metric]
+    for tensor, gradient in gradients.items():
+        off = ((gradient - exact[tensor]).norm() / exact[tensor].norm()).item()
+        assert off < 0.05, f"{tensor}: off by {off:.1e}"

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 import ranks as pool
 import tiny
@@ -79,6 +80,8 @@ def train_and_save(tree, scratch):
     if run.mesh.is_writer:
         run.inputs.directory.open(1)
     loop.train(run)
+    left = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert not any("spawn_main" in words for words in left), left  # a rank that fails later would leave it behind
     return contents(run, scratch)
 
 

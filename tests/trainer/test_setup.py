@@ -69,7 +69,7 @@ def test_an_over_long_prompt_is_an_error_unless_the_recipe_says_otherwise(read):
 
 
 def test_an_answer_missing_in_any_source(read, tmp_path):
-    with pytest.raises(DataError, match=r"products.parquet\[0\] has no 'answer', which reward.function=exact compares"):
+    with pytest.raises(DataError, match=r"products.parquet\[0\] has no answer, which reward.function=exact compares"):
         read({"sources": [{"parquet": str(tmp_path / "products.parquet")}]})
 
 
