@@ -36,6 +36,8 @@ def latest(directory: Path) -> Path | None:
         found = f"lacks {missing[0]}" if name and (directory / name).is_dir() else "is not there"
         others = sorted(step.parent.name for step in directory.glob("step_*/trainer.json") if step.parent.name != name)
         remedy = f"write {' or '.join(others)} in it" if others else "delete it to begin at step 0"
+        if missing == [*_COMMON] and "common_backend" not in (directory / name / "metadata.json").read_text():
+            found, remedy = "a newer megatron-core wrote", f"go on with that one (Python 3.12), or {remedy}"
         raise CheckpointError(f"{pointer} names the checkpoint {name!r}, which {found}; {remedy}")
     return directory / name
 

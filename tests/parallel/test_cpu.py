@@ -6,6 +6,8 @@ It stays in a process for ever, so only workers install it.
 from __future__ import annotations
 
 import importlib.metadata
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,12 @@ def test_a_version_that_was_not_checked_is_refused(monkeypatch, found):
 
 def test_the_installed_version_is_checked():
     cpu.check_version()
+
+
+def test_what_is_checked_is_what_the_tests_run_with():
+    requirements = Path(__file__).resolve().parents[2] / "requirements.txt"
+    pinned = re.findall(r"^megatron-core==([\d.]+);", requirements.read_text(), re.MULTILINE)
+    assert sorted(pinned) == sorted(cpu.CHECKED_VERSIONS)
 
 
 def habits():
