@@ -22,9 +22,9 @@ LAUNCHER_SECONDS = 2.0  # a launcher needs to see that a rank has failed and to 
 def main() -> None:
     code = run(sys.argv[1:])
     if code and "RANK" in os.environ:
-        sys.stdout.flush()
-        # no interpreter shutdown: other threads (process groups, pools) must not keep a failed rank alive
-        os._exit(code)
+        from grpo_mega.trainer.ending import end_at_once
+
+        end_at_once(code)
     sys.exit(code)
 
 

@@ -23,6 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from grpo_mega.trainer.ending import end_at_once
 from grpo_mega.trainer.progress import METRICS, StepDone, Work, clock
 
 REFRESH_SECONDS = 0.1
@@ -71,7 +72,7 @@ class Live:
                 number = os.read(pipe, 1)[0]
                 if number in (signal.SIGTERM, signal.SIGINT):
                     self.close()
-                    os._exit(128 + number)
+                    end_at_once(128 + number)
             elif self._shown:
                 self._redraw()
 

@@ -17,19 +17,11 @@ from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import ConfigError
 from grpo_mega.trainer.lines import one_line, read_lines
 from grpo_mega.trainer.live import sparkline
+from grpo_mega.trainer.progress import METRICS
 
 CURVE_ROWS = 12  # of the learning curve's table; each is the mean of equally many steps
 SPARK_STEPS = 60
-CURVE = {  # metrics.jsonl -> (column, format)
-    "reward": ("reward", ".3f"),
-    "loss": ("loss", "+.4f"),
-    "kl": ("kl", ".4f"),
-    "clip_fraction": ("clip", ".3f"),
-    "entropy": ("entropy", ".3f"),
-    "grad_norm": ("grad", ".3f"),
-    "completion_tokens": ("tokens", ".1f"),
-    "truncated": ("cut", ".2f"),
-}
+CURVE = METRICS | {"completion_tokens": ("tokens", ".1f"), "truncated": ("cut", ".2f")}
 PHASES = ("sample", "reward", "gather", "log-probs", "update")
 
 

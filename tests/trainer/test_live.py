@@ -131,11 +131,13 @@ def test_sparkline():
 
 
 STUCK = """
-import threading
+import multiprocessing, threading, time
 from grpo_mega.trainer.progress import progress_on
 progress = progress_on()
 progress.watch()
 with progress.task("loading"):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()  # as megatron's checkpoint writer has one, which holds the terminal open
     progress.tick(1, 2)
     lock = threading.Lock()
     lock.acquire()
