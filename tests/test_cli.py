@@ -205,7 +205,7 @@ MISTAKES = {
         {"grpo": {"group_size": 1}}, [], 2,
         r".*grpo\.group_size=1 leaves nothing to compare .*; use 2 or more.*",
     ),
-    "fp16": ({"precision": {"dtype": "fp16"}}, [], 2, r".*precision\.dtype='fp16' is refused: .*; use fp32"),
+    "fp16": ({"precision": {"dtype": "fp16"}}, [], 2, r".*precision\.dtype='fp16' is refused: .*; use bf16 or fp32"),
     "unknown key": ({"grpo": {"groupsize": 4}}, [], 2, r".*unknown key grpo\.groupsize; did you mean 'group_size'\?"),
     "unknown override": (
         {}, ["--grpo.group_siz", "4"], 2,

@@ -111,7 +111,7 @@ def test_the_resolved_recipe_is_the_same_recipe(load):
         (LEAST.replace("path: weights", "path: 7"), "model.path=7 was not read as text; put it in quotes"),
         (LEAST.replace("path: weights", "path: ''"), "model.path='' should have at least 1 character"),
         (LEAST + "grpo: 3\n", "section 'grpo' holds 3; write its keys below it, indented"),
-        (LEAST + "precision: {dtype: fp16}\n", "precision.dtype='fp16' is refused: it keeps 11 bits of a ratio"),
+        (LEAST + "precision: {dtype: fp16}\n", "precision.dtype='fp16' is refused: its range ends at 65504"),
         (LEAST + "precision: {dtype: int4}\n", "precision.dtype='int4' is not supported; use "),
         (LEAST + "grpo: {group_size: 1}\n", "grpo.group_size=1 leaves nothing to compare a completion with: "),
         (LEAST + "grpo: {kl_coef: -0.5}\n", "grpo.kl_coef=-0.5 should be greater than or equal to 0"),

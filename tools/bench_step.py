@@ -29,7 +29,7 @@ from typing import Any
 from grpo_mega.config import Recipe, load_recipe, validate_recipe
 from grpo_mega.errors import ConfigError, GrpoMegaError
 
-PHASES = ("sample", "reward", "log-probs", "update", "rest")
+PHASES = ("sample", "reward", "gather", "log-probs", "update", "rest")
 HERE = Path(__file__).resolve()
 
 
@@ -133,6 +133,9 @@ def peer_job(recipe: Recipe, options: argparse.Namespace, folder: Path) -> Path:
     """What TRL is to do, as a file: the recipe, and the prompts in the order in which they come."""
     from grpo_mega.trainer.setup import read_inputs
 
+    if recipe.reward.function != "exact":
+        raise ConfigError(f"reward.function={recipe.reward.function!r}: TRL is given the reward exact here; use that")
+
     inputs = read_inputs(recipe, replica_size(recipe))
     count = (options.steps + options.warmup) * recipe.batch.prompts_per_step
     system = [] if recipe.data.system is None else [{"role": "system", "content": recipe.data.system}]
@@ -195,7 +198,7 @@ def one_rank(recipe: Recipe, options: argparse.Namespace) -> None:
 
     quiet_megatron()
     from grpo_mega.trainer import loop
-    from grpo_mega.trainer.progress import Progress
+    from grpo_mega.trainer.progress import progress_on
     from grpo_mega.trainer.setup import build_run, read_inputs
 
     inputs = read_inputs(recipe, mesh.world_size_from_environment())
@@ -215,7 +218,7 @@ def one_rank(recipe: Recipe, options: argparse.Namespace) -> None:
         collectives.broadcast_object(connection.recv() if connection is not None else None, grid.world.group)
         started.append((time.perf_counter(), time.process_time()))
 
-    run = build_run(recipe, replace(inputs, prompts=TurnTaking(inputs.prompts, pause)), grid, Progress(False))
+    run = build_run(recipe, replace(inputs, prompts=TurnTaking(inputs.prompts, pause)), grid, progress_on(speaks=False))
     if grid.is_writer:
         inputs.directory.open(1)
     try:
@@ -235,6 +238,7 @@ def last_step(directory: Path, several: Sequence[tuple[float, float]]) -> dict[s
         "wall": wall,
         "cpu": sum(cpu for _, cpu in several),
         "tokens": record["completion_tokens"],
+        "sampled": record["sampling_tokens_per_s"],  # by the slowest replica
         "memory": record["peak_memory_bytes_a_rank"] * len(several),
         "processes": len(several),
     }
@@ -270,10 +274,9 @@ def show(recipe: Recipe, rows: dict[str, list[dict[str, float]]], options: argpa
 
 
 def summary(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Medians over the steps; rate and sampled: completion tokens a second of the step and of its sampling."""
+    """Medians over the steps; rate: completion tokens a second of the whole step (sampled: of its sampling)."""
     result = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
     result["rate"] = statistics.median(step["tokens"] / step["wall"] for step in steps)
-    result["sampled"] = statistics.median(step["tokens"] / step["sample"] for step in steps)
     result["memory"] = max(step["memory"] for step in steps)
     return result
 

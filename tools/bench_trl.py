@@ -17,6 +17,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from grpo_mega.rewards.exact import exact
+
 
 class Stopwatch:
     """Seconds spent in wrapped methods since the last reset."""
@@ -58,10 +60,12 @@ class TurnTaking(TrainerCallback):
                 **spent,
                 "log-probs": logprobs,
                 "update": wall - sum(spent.values()) - logprobs,
+                "gather": 0.0,
                 "rest": 0.0,
                 "wall": wall,
                 "cpu": cpu,
                 "tokens": sum(self.lengths),
+                "sampled": sum(self.lengths) / spent["sample"],
                 "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "processes": 1,
             }
@@ -109,8 +113,6 @@ def main(job_file: str, address: str) -> None:
     watch, lengths = Stopwatch(), []
 
     def reward(completions, answer, completion_ids, **_):
-        from grpo_mega.rewards.exact import exact
-
         lengths.extend(len(ids) for ids in completion_ids)
         return [exact(c[0]["content"], a, {}) for c, a in zip(completions, answer, strict=True)]
 
