@@ -104,6 +104,14 @@ def test_a_whole_run(recipe, tmp_path):
     assert any(str(run / "hf") in line for line in lines[-5:])
 
 
+def test_a_resumed_run_is_as_quiet(recipe, tmp_path):
+    path = recipe(optimizer={"distributed": True}, run={"num_steps": 1, "save_every": 0}, data={"heldout": 0})
+    for steps in ("1", "2"):
+        done = command(path, "--ranks", "2", "--run.num_steps", steps, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert "resuming from" in done.stdout and "1 of 2 steps are done" in done.stdout
+
+
 SABOTAGE = """
 import pathlib, shutil
 calls = []

@@ -89,8 +89,8 @@ def check_version() -> None:
     if found not in CHECKED_VERSIONS:
         checked = " or ".join(f"{version} ({python})" for version, python in CHECKED_VERSIONS.items())
         raise ConfigError(
-            f"megatron-core {found} has not been checked with the CPU stand-in; install megatron-core {checked}, or run "
-            "on a machine with a GPU"
+            f"megatron-core {found} has not been checked with the CPU stand-in; install megatron-core {checked}, or "
+            "run on a machine with a GPU"
         )
 
 

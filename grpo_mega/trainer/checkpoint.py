@@ -101,6 +101,8 @@ def _unwritten(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) or "[Errno " in text:  # megatron's writing process passes its error on as text
         return text.rpartition("] ")[2]
+    if "starting worker" in text:  # 0.19.2 (filesystem_async.py) passes on the error's kind and logs its words
+        return "megatron's line 'Local worker ... encountered an error' has the reason"
     torchs = (
         "inline_container",
         "iostream error",
