@@ -129,7 +129,8 @@ def test_refused(here: Path, name: str, message: str):
         (
             "scaled",
             {},
-            r"signature \(text, answer, row, \*, scale, offset=0\.0\) \(missing a required argument: 'scale'",
+            r"signature \(text, answer, row, \*, scale, offset=0\.0\) "
+            r"\(missing a required (keyword-only )?argument: 'scale'",  # Python 3.12 says keyword-only
         ),
         (
             "scaled",
