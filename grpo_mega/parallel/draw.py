@@ -76,17 +76,18 @@ def draw(
     found = torch.zeros(count, 3, dtype=torch.float64, device=logits.device)  # token, logit, near
     mine = (owner == me).nonzero().squeeze(1)
     if mine.numel():
+        if mine.numel() < count:  # rows of the whole vocabulary are not copied for nothing
+            cdf, p, logits = cdf[mine], p[mine], logits[mine]
         wanted = ((threshold - begin)[mine] / scale[mine]).clamp_(min=0.0).unsqueeze(1)
-        place = torch.searchsorted(cdf[mine], wanted, right=True).clamp_(max=part.valid - 1)
-        upper = cdf[mine].gather(1, place)
-        lower = upper - p[mine].gather(1, place)
+        place = torch.searchsorted(cdf, wanted, right=True).clamp_(max=part.valid - 1)
+        upper = cdf.gather(1, place)
+        lower = upper - p.gather(1, place)
         width = (NEAR_BOUNDARY * total[mine] / scale[mine]).unsqueeze(1)
         near = (wanted - lower < width) | (upper - wanted < width)
-        logit = logits[mine].gather(1, place).double()
+        logit = logits.gather(1, place).double()
         found[mine] = torch.cat((place + part.start, logit, near), dim=1).double()
     collectives.sum_(found, group)
-    logprobs = (found[:, 1] - (top + torch.log(total))).to(logits.dtype)
-    near = found[:, 2] > 0
+    logprobs, near = (found[:, 1] - (top + torch.log(total))).to(logits.dtype), found[:, 2] > 0
     if keeps is None or near_threshold is None:
         return Drawn(found[:, 0].long(), logprobs, near)
     row, place = keeps.nonzero(as_tuple=True)

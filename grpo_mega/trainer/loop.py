@@ -35,9 +35,9 @@ def train(run: Run, start: int = 0) -> None:
         with progress.phase("gather"):  # where a replica that is done early waits for the others
             everything = record_rollouts(run, step, groups)
         metrics = group_metrics(everything)
-        errors = int(metrics["reward_errors"].total)
-        faults = f" ({errors} errors, {first_fault(everything)})" if errors else ""
-        progress.note(f"reward {metrics['reward'].value():.3f}{faults}")
+        if errors := int(metrics["reward_errors"].total):
+            progress.say(f"step {step + 1}: the reward failed for {errors} completions, {first_fault(everything)}")
+        progress.note(f"reward {metrics['reward'].value():.3f}")
         unscored = unscored_steps(everything, unscored)  # ends the run, on every rank alike
         with progress.phase("log-probs"):
             parts = minibatches(groups, mine, recipe, mesh, policy.dtype)
