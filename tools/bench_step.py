@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--warmup", type=int, default=1, help="steps before them")
     result.add_argument("--ranks", type=int, help="our ranks (default: as many as grpo-mega train would start)")
     result.add_argument("--peer-python", help="interpreter of an environment with TRL, to run it side by side")
-    result.add_argument("--peer-microbatch", type=int, default=16, help="completions TRL trains on at a time")
+    result.add_argument("--peer-microbatch", type=int, default=8, help="completions TRL trains on at a time")
     result.add_argument("--json", type=Path, help="write every step's numbers to this file")
     result.add_argument("--connect", help=argparse.SUPPRESS)  # set by this program for the ranks that it starts
     return result
@@ -123,10 +123,14 @@ def start(name: str, command: Sequence[str], listener: Listener) -> tuple[subpro
 
 
 def answer(name: str, process: subprocess.Popen, connection: Connection) -> dict[str, float]:
-    while not connection.poll(0.2):
-        if process.poll() is not None:
-            raise ConfigError(f"{name} ended with exit code {process.returncode} in a step; see above")
-    return connection.recv()
+    while not connection.poll(0.2) and process.poll() is None:
+        pass
+    try:
+        return connection.recv()
+    except EOFError:
+        code = process.wait()
+        why = " (out of memory? TRL needs less with a smaller --peer-microbatch)" if code == -9 else ""
+        raise ConfigError(f"{name} ended with exit code {code} in a step{why}; see above") from None
 
 
 def peer_job(recipe: Recipe, options: argparse.Namespace, folder: Path) -> Path:
@@ -215,7 +219,10 @@ def one_rank(recipe: Recipe, options: argparse.Namespace) -> None:
                 connection.send(last_step(inputs.directory.path, several))
             if len(started) == options.steps:
                 raise Finished
-        collectives.broadcast_object(connection.recv() if connection is not None else None, grid.world.group)
+        try:
+            collectives.broadcast_object(connection.recv() if connection is not None else None, grid.world.group)
+        except EOFError:  # the referee is gone
+            os._exit(1)
         started.append((time.perf_counter(), time.process_time()))
 
     run = build_run(recipe, replace(inputs, prompts=TurnTaking(inputs.prompts, pause)), grid, progress_on(speaks=False))
