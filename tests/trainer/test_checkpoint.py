@@ -297,6 +297,17 @@ def test_the_distributed_optimizer_is_the_optimizer_and_goes_on_bit_for_bit(rank
         assert ours["reward"] == theirs["reward"] or dtype == "bf16"
 
 
+def test_phases_have_a_precision_of_their_own(ranks, tree, tmp_path):
+    """bf16 rounds what was sampled from, and the reference (0 nats away at step 1 in float32); the policy stays."""
+    for name in ("sampling", "reference"):
+        changed = with_run(tree | {"precision": {name: "bf16"}}, tmp_path / name, 3)
+        assert ranks(1, train_whole, changed) == ["done"]
+    (sampling, weights), (reference, _) = (lines_and_weights(tmp_path / name) for name in ("sampling", "reference"))
+    assert 1e-4 < sampling[0]["sampler_mismatch"] < 0.1 and sampling[0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert reference[0]["sampler_mismatch"] < 1e-4 and 1e-9 < reference[0]["kl"] < 0.1
+    assert all(str(weight.dtype) == "torch.float32" for weight in weights.values())
+
+
 def test_a_run_may_go_on_at_another_layout(ranks, tree, tmp_path):
     straight, moved = tmp_path / "straight", tmp_path / "moved"
     assert ranks(1, train_whole, with_run(tree, straight, 5)) == ["done"]
