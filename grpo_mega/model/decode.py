@@ -9,21 +9,24 @@ stages; with as many row groups in flight as there are stages, no stage waits fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from grpo_mega.model.attention import PackedRows
 from grpo_mega.model.specs import TrunkModel
-from grpo_mega.parallel import collectives, cpu
+from grpo_mega.parallel import collectives, cpu, onednn
 from grpo_mega.parallel.draw import draw
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.parallel.pipeline import PipelineLink
 from grpo_mega.parallel.truncation import Truncation
+from grpo_mega.parallel.vocab import VocabSlice
 
 
 @dataclass(frozen=True)
@@ -197,9 +200,21 @@ class Decoder:
             if hidden is not None:
                 self._draw(group, hidden[: cache.count], uniforms)
 
-    def finish(self) -> None:
-        """Wait for hand-overs under way."""
-        self.link.flush()
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """All calls belong into one: the weights stay as they are in it, and no hand-over is under way at its end."""
+        with onednn.packed(self._weights()):
+            yield
+            self.link.flush()
+
+    def _weights(self) -> Iterator[Tensor]:
+        """What a decoding step of this stage multiplies with."""
+        for module in self.model.decoder.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                yield module.weight
+        if self.mesh.pipeline.last:
+            weight = self.model.output_weight()
+            yield weight[: VocabSlice.of(weight, self.vocab_size, self.mesh.tensor.group).valid]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[PromptRows], Tensor | None]:
         """Packed prompts in about as many chunks as stages; on the last stage also each prompt's last hidden state."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_mega.parallel import onednn
+
 BLOCK_ELEMENTS = 1 << 24  # of weights held in float32 at a time on a CPU: 64 MiB
 
 
@@ -19,6 +21,9 @@ def rows_by_rows(left: Tensor, right: Tensor) -> Tensor:
         return left @ right.t()
     if left.is_cuda:
         return torch.mm(left, right.t(), out_dtype=torch.float32)
+    product = onednn.by_packed(left, right)
+    if product is not None:
+        return product
     left = left.float()
     out = torch.empty(len(left), len(right), dtype=torch.float32)
     for block in _blocks(right):

@@ -77,16 +77,16 @@ class InProcessSampler:
         decoder = self.make_decoder()
         wave = max(1, self.max_rows // group_size)
         rows: list[_Row] = []
-        for start in range(0, len(prompts), wave):
-            part = prompts[start : start + wave]
-            more = [
-                _Row(n, uniforms(self.seed, step, prompt.index, c, self.max_tokens))
-                for n, prompt in enumerate(part)
-                for c in range(group_size)
-            ]
-            self._run(decoder, part, more)
-            rows += more
-        decoder.finish()
+        with decoder.session():
+            for start in range(0, len(prompts), wave):
+                part = prompts[start : start + wave]
+                more = [
+                    _Row(n, uniforms(self.seed, step, prompt.index, c, self.max_tokens))
+                    for n, prompt in enumerate(part)
+                    for c in range(group_size)
+                ]
+                self._run(decoder, part, more)
+                rows += more
         kept = self._kept(rows) if decoder.truncation is not None else [None] * len(rows)
         done = [self._completion(row, sets) for row, sets in zip(rows, kept, strict=True)]
         return [done[n : n + group_size] for n in range(0, len(done), group_size)]

@@ -1,4 +1,4 @@
-"""Products by oneDNN: float32's precision, bf16 rounded once, torch's errors, and nobody else's products."""
+"""Products by oneDNN: float32's precision, bf16 rounded once, torch's errors, nobody else's products; packed weights."""
 
 from __future__ import annotations
 
@@ -59,3 +59,41 @@ def test_products_are_float32s(ranks):
     assert 1e-9 < single < 1000**0.5 * 2**-24 and double < 1e-14
     assert all(0.3 < distance < 0.51 for distance in bf16)  # rounded to the nearest, once
     assert empty == ((0, 3), [[0.0] * 3] * 2)
+
+
+def packed_products():
+    """{dtype: (relative error with a packed weight, the same after the weight became another)}, inside and outside."""
+    from grpo_mega.parallel import onednn, products
+
+    onednn.install()
+    torch.manual_seed(0)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        left, weight = torch.randn(5, 576, dtype=dtype), torch.randn(100, 576, dtype=dtype)
+
+        def errors(left=left, weight=weight):
+            exact = left.double() @ weight.double().t()
+            several = left @ weight.t(), products.rows_by_rows(left, weight), left.clone() @ weight[:60].t()
+            return [((x.double() - exact[:, : x.shape[1]]).norm() / exact.norm()).item() for x in several]
+
+        with mock.patch.object(onednn, "_multiplies_bf16", lambda: False):
+            with onednn.packed([weight, weight.t().contiguous().t()]):  # the second has no layout that can be packed
+                fresh = errors()
+                weight.mul_(2)
+                stale = errors()
+                square = torch.randn(576, 576, dtype=dtype)  # multiplied untransposed, and not among the packed
+                other = ((left @ square).double() - left.double() @ square.double()).norm().item()
+            found[str(dtype)] = fresh, stale, errors(), other
+    return found
+
+
+def test_packed_weights_are_multiplied_and_forgotten(ranks):
+    """Inside, a weight that changes is still its copy (error 1/2); a slice of it, and all afterwards, is what it is."""
+    found = ranks(1, packed_products)[0]
+    for dtype, rounding in (("torch.float32", 1e-6), ("torch.bfloat16", 4e-3)):
+        fresh, stale, after, other = found[dtype]
+        assert max(fresh) < rounding and fresh[1] < 1e-6  # rows_by_rows gives float32 of bf16
+        assert stale[:2] == pytest.approx([0.5, 0.5], rel=1e-2) and stale[2] < rounding
+        assert max(after) < rounding and other < 1e-2 * 576
+    fresh, stale, after, other = found["torch.float64"]  # not packed
+    assert max(*fresh, *stale, *after) < 1e-14 and other < 1e-9
