@@ -16,6 +16,8 @@ from grpo_mega.parallel import collectives
 from grpo_mega.parallel.truncation import Truncation, lowest_kept
 from grpo_mega.parallel.vocab import NEAR_BOUNDARY, VocabSlice, local_logits
 
+BLOCK = 128  # of the vocabulary, whose mass is summed before cumulative sums are formed
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -29,6 +31,29 @@ class Drawn:
     logprobs: Tensor
     near_boundary: Tensor
     kept: tuple[Tensor, Tensor] | None = None
+
+
+def _block_ends(p: Tensor) -> Tensor:
+    """[n, blocks] float64: the mass up to the end of each block of p [n, P], at least one block."""
+    whole = p.shape[1] // BLOCK * BLOCK
+    sums = p[:, :whole].unflatten(1, (whole // BLOCK, BLOCK)).sum(dim=2, dtype=torch.float64)
+    rest = p[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64)
+    return torch.cat((sums, rest), dim=1).cumsum_(dim=1)
+
+
+def _locate(p: Tensor, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first place of p [n, P] up to whose end there is more mass than wanted [n, 1], and the mass before and after.
+
+    blocks: p's `_block_ends`. All three [n, 1].
+    """
+    block = torch.searchsorted(blocks, wanted, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    columns = block * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(1, columns.clamp(max=p.shape[1] - 1)).double().masked_fill_(columns >= p.shape[1], 0.0)
+    ends = inside.cumsum(dim=1).add_(before)
+    at = torch.searchsorted(ends, wanted, right=True).clamp_(max=BLOCK - 1)
+    upper = ends.gather(1, at)
+    return (block * BLOCK + at).clamp_(max=p.shape[1] - 1), upper - inside.gather(1, at), upper
 
 
 @torch.no_grad()
@@ -47,21 +72,22 @@ def draw(
     hidden [n, H], replicated; weight [P, H], this rank's slice; uniforms [n] float64 in [0, 1). With `truncation` the
     distribution is that of the kept tokens alone, and so are the log-probs.
 
-    Cumulative sums run in float64; per row two numbers a rank cross in one all-gather and three in one sum, so that
-    another cut of the vocabulary can only change a draw that is near a boundary.
+    Sums run in float64, over blocks of the vocabulary first and then within the one block that matters. Per row two
+    numbers a rank cross in one all-gather and three in one sum; another cut of the vocabulary can only change a draw
+    that is near a boundary.
     """
     part = VocabSlice.of(weight, vocab_size, group)
     logits = local_logits(hidden, weight, part, temperature)
     count = logits.shape[0]
     m = logits.amax(dim=1) if part.valid else logits.new_full((count,), -torch.inf)
-    p = torch.exp(logits - m.unsqueeze(1))
+    p = (logits - m.unsqueeze(1)).exp_()
     keeps = near_threshold = None
     if truncation is not None:
         limit, near_threshold = lowest_kept(logits, truncation, group)
         keeps = logits >= limit.unsqueeze(1)
-        p = p * keeps
-    cdf = torch.cumsum(p, dim=1, dtype=torch.float64)
-    mass = cdf[:, -1] if part.valid else cdf.new_zeros(count)
+        p *= keeps
+    blocks = _block_ends(p)
+    mass = blocks[:, -1]
     stats = collectives.gather(torch.stack((m.double(), mass), dim=1), group)  # [ranks, n, 2]
     top = stats[..., 0].amax(dim=0)
     masses = stats[..., 1] * torch.exp(stats[..., 0] - top)
@@ -77,11 +103,9 @@ def draw(
     mine = (owner == me).nonzero().squeeze(1)
     if mine.numel():
         if mine.numel() < count:  # rows of the whole vocabulary are not copied for nothing
-            cdf, p, logits = cdf[mine], p[mine], logits[mine]
+            blocks, p, logits = blocks[mine], p[mine], logits[mine]
         wanted = ((threshold - begin)[mine] / scale[mine]).clamp_(min=0.0).unsqueeze(1)
-        place = torch.searchsorted(cdf, wanted, right=True).clamp_(max=part.valid - 1)
-        upper = cdf.gather(1, place)
-        lower = upper - p.gather(1, place)
+        place, lower, upper = _locate(p, blocks, wanted)
         width = (NEAR_BOUNDARY * total[mine] / scale[mine]).unsqueeze(1)
         near = (wanted - lower < width) | (upper - wanted < width)
         logit = logits.gather(1, place).double()

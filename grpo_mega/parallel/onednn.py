@@ -40,14 +40,13 @@ def install() -> bool:
 def packed(weights: Iterable[Tensor]) -> Iterator[None]:
     """Until its end products x @ w.T use a copy of w [m, k] in the layout that oneDNN multiplies from, in float32.
 
-    The weights must not change meanwhile. Making a copy costs as much as about two products of 32 rows. Weights of other
-    devices and dtypes, and bf16 ones where the processor multiplies bf16, are left to their own kernels.
+    The weights must not change meanwhile. Making a copy costs as much as about two products of 32 rows. Weights of
+    other devices and dtypes, and bf16 ones where the processor multiplies bf16, are left to their own kernels.
     """
     for weight in weights:
-        slow = weight.dtype == torch.bfloat16 and not _multiplies_bf16()
-        if _library is not None and weight.is_cpu and weight.is_contiguous() and weight.numel():
-            if weight.dtype == torch.float32 or slow:
-                _packed[_key(weight)] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().float(), ROWS)
+        ours = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and not _multiplies_bf16())
+        if ours and _library is not None and weight.is_cpu and weight.is_contiguous() and weight.numel():
+            _packed[_key(weight)] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().float(), ROWS)
     try:
         yield
     finally:

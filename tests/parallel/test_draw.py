@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from grpo_mega.parallel.draw import draw
+from grpo_mega.parallel.draw import BLOCK, draw
 from grpo_mega.parallel.truncation import CANDIDATES, Truncation, lowest_kept
 
 FP32, FP64 = torch.float32, torch.float64
@@ -124,3 +124,23 @@ def test_the_nucleus_of_many_tokens_against_sorting(share, dtype):
         wanted = int((mass < share).sum()) + 1
         # float32 exponentials have float32's error: one token at the edge may be in or out
         assert abs(int((row >= limit).sum()) - wanted) <= (1 if dtype == FP32 else 0)
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7])
+def test_a_long_vocabulary_against_one_cumulative_sum(size):
+    """Random draws, and draws at, before and behind the ends of blocks and of the tokens beside them."""
+    generator = torch.Generator().manual_seed(size)
+    p = torch.rand(size, generator=generator, dtype=FP64) * (torch.rand(size, generator=generator) > 0.3)
+    p[-1] += 0.1
+    p /= p.sum()
+    cdf = p.cumsum(dim=0)
+    edges = [cdf[i].item() for b in range(0, size, BLOCK) for i in range(b - 2, b + 2) if 0 <= i < size - 1]
+    places = [*torch.rand(300, generator=generator, dtype=FP64).tolist(), *edges]
+    places += [edge + off for edge in edges for off in (-1e-12, 1e-12) if 0 <= edge + off < 1]
+    tokens, logprobs, _ = on_a_line(p.tolist(), places)
+    exact = torch.searchsorted(cdf, torch.tensor(places, dtype=FP64), right=True)
+    wrong = (tokens != exact).nonzero().squeeze(1).tolist()
+    # exactly on an edge the last bit of a sum decides, between two tokens of some probability
+    assert len(wrong) <= len(edges)
+    assert all(abs(places[i] - cdf[min(tokens[i], exact[i])].item()) < 1e-14 for i in wrong)
+    assert logprobs.tolist() == pytest.approx(p[tokens].log().tolist(), abs=1e-12)

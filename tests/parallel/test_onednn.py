@@ -1,4 +1,4 @@
-"""Products by oneDNN: float32's precision, bf16 rounded once, torch's errors, nobody else's products; packed weights."""
+"""Products by oneDNN: float32's precision, bf16 rounded once, torch's errors, packed weights, and nothing else's."""
 
 from __future__ import annotations
 
