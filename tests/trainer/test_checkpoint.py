@@ -247,8 +247,13 @@ def lines_and_weights(directory):
     return lines, load_file(directory / "hf" / "model.safetensors")
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(ranks, tree, tmp_path):
-    """It dies in step 4, two steps of which one is recorded after the last checkpoint, and goes on from step 2."""
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.8, "pipeline": 1}], ids=str)
+def test_an_interrupted_run_goes_on_bit_for_bit(ranks, tree, tmp_path, sampling):
+    """It dies in step 4, two steps of which one is recorded after the last checkpoint, and goes on from step 2.
+
+    The second draws from nuclei, on replicas that hold a copy of the weights: what is resumed must reach the copy.
+    """
+    tree = tree | {"sampling": tree["sampling"] | sampling}
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert ranks(2, train_whole, with_run(tree, straight, 5, pipeline=2)) == ["done"] * 2
     again = with_run(tree, resumed, 5, save_every=2, pipeline=2)
