@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_mega.config import Recipe, load_recipe, to_yaml
-from grpo_mega.errors import ConfigError, RunDirectoryError
+from grpo_mega.errors import ConfigError, GrpoMegaError, RunDirectoryError
 from grpo_mega.objective.advantages import is_degenerate
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
@@ -184,7 +184,7 @@ def write_together(mesh: Mesh, write: Callable[[], None]) -> None:
     raise_together(mesh, failure)
 
 
-def raise_together(mesh: Mesh, failure: RunDirectoryError | None) -> None:
+def raise_together(mesh: Mesh, failure: GrpoMegaError | None) -> None:
     """Raise the writing rank's failure on every rank, if it had one. Every rank must call."""
     failure = collectives.broadcast_object(failure, mesh.world.group)
     if failure is not None:

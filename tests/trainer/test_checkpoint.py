@@ -218,6 +218,22 @@ def test_damage_is_one_sentence_on_every_rank(ranks, tree, saved, tmp_path):
             assert len(message.splitlines()) == 1 and len(message) < 250 + 3 * len(str(folder)), message
 
 
+def resume_and_fail(tree):
+    try:
+        return main.resume(built(tree))
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_a_wrong_pointer_ends_every_rank_alike(ranks, tree, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_9\n")
+    said = (
+        f"{tmp_path}/checkpoints/latest names the checkpoint 'step_9', which is not there; delete it to begin at step 0"
+    )
+    assert ranks(2, resume_and_fail, with_run(tree, tmp_path, 3, pipeline=2)) == [said] * 2
+
+
 @pytest.mark.parametrize("unwritable", [["__1_0.distcp", "__1_1.distcp"], ["trainer.json"]])
 def test_a_full_disk_is_one_sentence_on_every_rank(ranks, tree, tmp_path, unwritable):
     answers = ranks(2, save_on_a_full_disk, with_run(tree, tmp_path, 3, pipeline=2), unwritable)
