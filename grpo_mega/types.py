@@ -183,6 +183,16 @@ class TokenBatch:
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
 
+    def slice(self, where: slice) -> TokenBatch:
+        """Some of the tokens."""
+        return TokenBatch(
+            loss_weights=self.loss_weights[where],
+            advantages=self.advantages[where],
+            sampler_logprobs=self.sampler_logprobs[where],
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[where],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[where],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:

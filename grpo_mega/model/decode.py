@@ -23,10 +23,10 @@ from grpo_mega.model.attention import PackedRows
 from grpo_mega.model.specs import TrunkModel
 from grpo_mega.parallel import collectives, cpu, onednn
 from grpo_mega.parallel.draw import draw
+from grpo_mega.parallel.head import VocabSlice
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.parallel.pipeline import PipelineLink
 from grpo_mega.parallel.truncation import Truncation
-from grpo_mega.parallel.vocab import VocabSlice
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Decoder:
         if not pipeline.last:
             self.link.send(hidden)
             return None
-        return collectives.gather_rows(hidden[:, 0], tensor.group) if sharded > 1 else hidden[:, 0]
+        return collectives.gather(hidden[:, 0], tensor.group).flatten(0, 1) if sharded > 1 else hidden[:, 0]
 
     def _draw(self, group: RowGroup, hidden: Tensor, uniforms: Tensor) -> None:
         drawn = draw(

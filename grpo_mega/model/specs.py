@@ -49,10 +49,16 @@ class TrunkModel(GPTModel):
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """[padded vocabulary / tp, H]: this rank's slice of the output layer (last stage only)."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        """[padded vocabulary / tp, H]: this rank's slice of the output layer (last stage only).
+
+        Its layer's forward, whose logits would be whole, is never called; the hooks before it are, by which megatron
+        waits for weights that are still on their way (`overlap_param_gather`).
+        """
+        shared = self.share_embeddings_and_output_weights and self.pre_process
+        owner = self.embedding.word_embeddings if shared else self.output_layer
+        for hook in owner._forward_pre_hooks.values():
+            hook(owner, ())
+        return owner.weight
 
 
 def layer_spec() -> ModuleSpec:

@@ -5,6 +5,7 @@ Every rank of the group must call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,29 @@ def gather(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return torch.stack(parts)
 
 
+def gather_later(tensor: Tensor, group: ProcessGroup | None) -> Callable[[], Tensor]:
+    """`gather` that has begun: call the answer to wait for it. What is computed meanwhile costs no time of its own."""
+    if size(group) == 1:
+        return lambda: tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(size(group))]
+    work = dist.all_gather(parts, tensor.contiguous(), group=group, async_op=True)
+
+    def arrived() -> Tensor:
+        work.wait()
+        return torch.stack(parts)
+
+    return arrived
+
+
+def reduce_scatter(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """`[T, ...]` on each rank -> `[T / size, ...]`: this rank's rows of the sum; `size` divides T."""
+    if size(group) == 1:
+        return tensor
+    result = tensor.new_empty(tensor.shape[0] // size(group), *tensor.shape[1:])
+    dist.reduce_scatter_tensor(result, tensor.contiguous(), group=group)
+    return result
+
+
 def max_int(value: int, group: ProcessGroup | None, device: torch.device | str = "cpu") -> int:
     """The largest of the ranks' integers: how ranks agree before they branch."""
     if size(group) == 1:
@@ -74,27 +98,6 @@ def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
     box: list[Any] = [None] * size(group)
     dist.all_gather_object(box, value, group=group)
     return box
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-        ctx.group, ctx.rows = group, tensor.shape[0]
-        return gather(tensor, group).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        start = rank(ctx.group) * ctx.rows
-        return grad[start : start + ctx.rows], None
-
-
-def gather_rows(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`[T / size, ...]` on each rank -> `[T, ...]` on all, in rank order.
-
-    Backward keeps this rank's rows and sums nothing: what consumes the rows must give every rank the whole gradient,
-    as `vocab.logprobs_and_entropies` does.
-    """
-    return tensor if size(group) == 1 else _GatherRows.apply(tensor, group)
 
 
 def send_to_first(tensor: Tensor | None, source: int, group: ProcessGroup | None) -> Tensor | None:

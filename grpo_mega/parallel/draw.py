@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from grpo_mega.parallel import collectives
+from grpo_mega.parallel import collectives, products
+from grpo_mega.parallel.head import Head, VocabSlice
 from grpo_mega.parallel.truncation import Truncation, lowest_kept
-from grpo_mega.parallel.vocab import NEAR_BOUNDARY, VocabSlice, local_logits
 
+NEAR_BOUNDARY = 1e-5  # a uniform number this close to a boundary of the CDF could have been decided by rounding
 BLOCK = 128  # of the vocabulary, whose mass is summed before cumulative sums are formed
 
 
@@ -77,7 +78,8 @@ def draw(
     that is near a boundary.
     """
     part = VocabSlice.of(weight, vocab_size, group)
-    logits = local_logits(hidden, weight, part, temperature)
+    logits = products.rows_by_rows(hidden, weight[: part.valid])
+    Head(vocab_size, temperature=temperature).scale_(logits)
     count = logits.shape[0]
     m = logits.amax(dim=1) if part.valid else logits.new_full((count,), -torch.inf)
     p = (logits - m.unsqueeze(1)).exp_()

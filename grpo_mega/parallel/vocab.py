@@ -1,167 +1,188 @@
-"""Log-probs and entropies from a vocabulary that is cut over ranks: full logits never exist anywhere.
+"""The policy's log-probs, entropies and loss from a vocabulary that is cut over ranks: full logits never exist.
 
-Rank r holds rows `[r * P, (r + 1) * P)` of the output layer, P = padded vocabulary / ranks. Per row of hidden states
-each rank reduces its own logits to four numbers
+Rank r holds rows `[r * P, (r + 1) * P)` of the output layer, P = padded vocabulary / ranks. Logits exist a tile at a
+time: a chunk of rows on the rank's own slice. Per row each rank reduces its own to four numbers
 
     m = max_j z_j,   s = sum_j exp(z_j - m),   e = sum_j exp(z_j - m) (z_j - m),   z_y (0 where the target is elsewhere)
 
-which travel in one all-gather a chunk and are merged in rank order, so that every rank computes the same bits:
+which travel in one all-gather a chunk and are merged in rank order (`head.merge`), so that every rank computes the same
+bits. With ln Z known, the gradient of a token's loss is
 
-    M = max_r m_r,   S = sum_r s_r exp(m_r - M),   ln p(y) = (z_y - M) - ln S
-    H = ln S - (1 / S) sum_r exp(m_r - M) (e_r + s_r (m_r - M))
+    dL/dz_j = g_y (1[j = y] - p_j) - g_H p_j (ln p_j + H),   g_y = dL/d ln p(y),  g_H = dL/dH
 
-Logits exist a chunk of rows at a time, on the rank's own slice; the backward computes them again:
+- `logprobs_and_entropies` is differentiable in the usual way, in two sweeps: the backward multiplies h W^T again,
+  2 + 2 + 4 = 8 operations a token, element of the slice and hidden unit. Sequence-level objectives need it.
+- `one_sweep_loss` is for objectives that are sums over tokens: there g_y and g_H of a chunk are known as soon as its
+  rows are, so that one product serves both, 6 operations. The sweep runs in the backward.
 
-    dL/dz_j = g_y (1[j = y] - p_j) - g_H p_j (ln p_j + H)
-
-Logits are divided by the temperature, in the rows' dtype, max(float32, input dtype). Rows of the padded vocabulary
-are left out of every sum. `group=None` is the dense reference.
+Both take everything in max(float32, input dtype), add the weight's gradient to `main_grad` where megatron keeps one,
+and sum the hidden states' gradient over the ranks before it is rounded. `group=None` is the dense reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.autograd.function import once_differentiable
 
-from grpo_mega.parallel import collectives, products
-from grpo_mega.types import Kept
+from grpo_mega.parallel import collectives, products, weight_gradient
+from grpo_mega.parallel.head import Head, Tiles, merge
+from grpo_mega.types import Metrics, add_metrics
 
-CHUNK_ELEMENTS = 1 << 25  # logits held at a time on one rank: 128 MiB in float32
-NEAR_BOUNDARY = 1e-5  # a uniform number this close to a boundary of the CDF could have been decided by rounding
-EXCLUDED = -1e30  # logit of a token that is not kept: exp gives 0, and unlike -inf it gives 0 times 0, not nan
-
-
-@dataclass(frozen=True)
-class VocabSlice:
-    """This rank's part of the vocabulary: the first token id it holds and how many real ones."""
-
-    start: int
-    valid: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, weight: Tensor, vocab_size: int, group: ProcessGroup | None) -> VocabSlice:
-        """weight `[P, H]`: this rank's slice of the output layer."""
-        start = collectives.rank(group) * weight.shape[0]
-        return cls(start, min(max(vocab_size - start, 0), weight.shape[0]), vocab_size)
+# (log-probs [c], entropies [c], which of the n rows) -> (sum of weighted token losses, metrics)
+TokenObjective = Callable[[Tensor, Tensor, slice], tuple[Tensor, Metrics]]
 
 
 def logprobs_and_entropies(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    vocab_size: int,
-    group: ProcessGroup | None = None,
-    temperature: float = 1.0,
-    kept: Kept | None = None,
-    chunk_rows: int | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: Tensor | None = None, **options
 ) -> tuple[Tensor, Tensor]:
     """ln p(targets | hidden) and the entropy of p, in nats; differentiable in `hidden` and `weight`.
 
-    hidden [n, H], replicated over the group; weight [P, H], this rank's slice; targets [n] int64, global token ids.
-    kept: the tokens that p is over, all others having probability 0 (see `truncation`); None: the whole vocabulary.
-    Returns two `[n]` tensors of dtype max(float32, hidden.dtype), the same on every rank. The gradient of `hidden` is
-    summed over the group inside. Raises ValueError on mismatched shapes or a temperature that is not positive.
+    hidden [T, H], replicated over the group ([T / ranks, H] under sequence parallelism); weight [P, H], this rank's
+    slice; rows [n] int64, which of the T enter (None: all); targets [n] int64, their global token ids. options: the
+    fields of `Head`. Returns two `[n]` tensors of dtype max(float32, hidden.dtype), the same on every rank.
+
+    Raises ValueError for shapes, dtypes or a temperature that cannot be, GrpoMegaError for targets outside the
+    vocabulary and hidden states that are not finite: on every rank, before the operator's own collectives.
     """
-    if hidden.shape[0] != targets.shape[0] or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
-    part = VocabSlice.of(weight, vocab_size, group)
-    rows = chunk_rows or max(1, CHUNK_ELEMENTS // max(1, weight.shape[0]))
-    return _LogProbs.apply(hidden, weight, targets, part, group, temperature, kept, rows)
+    head = Head(**options)
+    head.check(hidden, weight, targets, rows)
+    return _TwoSweeps.apply(hidden, weight, targets, rows, head)
 
 
-def local_logits(hidden: Tensor, weight: Tensor, part: VocabSlice, temperature: float) -> Tensor:
-    """[c, valid] in max(float32, dtype): this rank's logits of one chunk, real vocabulary only."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = products.rows_by_rows(hidden, weight[: part.valid]).to(dtype)
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def one_sweep_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    objective: TokenObjective,
+    report: Callable[[Tensor, Metrics], None],
+    *,
+    rows: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """A scalar 0 whose backward computes the loss, its gradients and metrics; `report` gets the loss and the metrics.
+
+    Arguments and errors as in `logprobs_and_entropies` (under sequence parallelism values are looked at in the
+    backward). objective: pure; it is called once a chunk with log-probs and entropies that want a gradient, and its
+    losses and metrics are added up. The upstream gradient scales what goes into gradients, not what is reported.
+    A weight that has a `main_grad` and no gradient of its own is the last stage's; without a backward nothing is
+    computed, written or reported.
+    """
+    head = Head(**options)
+    head.check(hidden, weight, targets, rows)
+    if not head.sequence_parallel:
+        head.check_values(head.rows_of(hidden.detach(), rows), targets)
+    return _OneSweep.apply(hidden, weight, _Job(targets, rows, head, objective, report))
 
 
-def _kept_logits(hidden, weight, part: VocabSlice, temperature: float, kept: Kept | None, rows: slice) -> Tensor:
-    """`local_logits` of the given rows, those of tokens that are not kept being EXCLUDED."""
-    logits = local_logits(hidden[rows], weight, part, temperature)
-    if kept is None:
-        return logits
-    row, token = kept.slice(rows.start, rows.start + logits.shape[0])
-    mine = (token >= part.start) & (token < part.start + part.valid)
-    excluded = torch.ones_like(logits, dtype=torch.bool)
-    excluded[row[mine] - rows.start, token[mine] - part.start] = False
-    return logits.masked_fill_(excluded, EXCLUDED)
+@dataclass(frozen=True)
+class _Job:
+    targets: Tensor
+    rows: Tensor | None
+    head: Head
+    objective: TokenObjective
+    report: Callable[[Tensor, Metrics], None]
 
 
-def _row_statistics(logits: Tensor, targets: Tensor, part: VocabSlice) -> Tensor:
-    """[c, 4]: (m, s, e, z_y) of this rank's logits, which are overwritten."""
-    if part.valid == 0:
-        empty = logits.new_zeros(logits.shape[0], 4)
-        empty[:, 0] = torch.finfo(logits.dtype).min / 2  # no mass; not -inf, which times 0 is nan
-        return empty
-    local = targets - part.start
-    mine = (local >= 0) & (local < part.valid)
-    z_y = logits.gather(1, local.clamp(0, part.valid - 1).unsqueeze(1)).squeeze(1).masked_fill(~mine, 0.0)
-    m = logits.amax(dim=1)
-    shifted = logits.sub_(m.unsqueeze(1))
-    p = torch.exp(shifted)
-    s = p.sum(dim=1)
-    e = torch.linalg.vecdot(p, shifted)
-    return torch.stack((m, s, e, z_y), dim=1)
-
-
-def _merge(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[ranks, c, 4] -> (ln Z, ln p(y), H), each [c], summed in rank order."""
-    m, s, e, z_y = stats.unbind(dim=2)
-    top = m.amax(dim=0)
-    scale = torch.exp(m - top)
-    total, weighted = (s * scale).sum(dim=0), ((e + s * (m - top)) * scale).sum(dim=0)
-    log_total = torch.log(total)
-    return top + log_total, (z_y.sum(dim=0) - top) - log_total, log_total - weighted / total
-
-
-class _LogProbs(torch.autograd.Function):
+class _TwoSweeps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, part, group, temperature, kept, chunk_rows):
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        log_z, logprobs, entropies = (torch.empty(len(targets), dtype=dtype, device=hidden.device) for _ in range(3))
-        for start in range(0, len(targets), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = _kept_logits(hidden, weight, part, temperature, kept, rows)
-            stats = collectives.gather(_row_statistics(logits, targets[rows], part), group)
-            log_z[rows], logprobs[rows], entropies[rows] = _merge(stats)
-        ctx.save_for_backward(hidden, weight, targets, log_z, entropies)
-        ctx.settings = (part, group, temperature, kept, chunk_rows)
+    def forward(ctx, hidden, weight, targets, rows, head):
+        entering = head.rows_of(hidden, rows)
+        head.check_values(entering, targets)
+        tiles = Tiles.of(head, entering, weight, targets)
+        log_z, logprobs, entropies = (
+            torch.empty(len(targets), dtype=tiles.dtype, device=hidden.device) for _ in range(3)
+        )
+        waiting: list[tuple[slice, Callable[[], Tensor]]] = []
+
+        def take_in() -> None:
+            for where, arrived in waiting:
+                log_z[where], logprobs[where], entropies[where] = merge(arrived())
+            waiting.clear()
+
+        for where in tiles:
+            if where.start == where.stop:
+                continue
+            stats = tiles.statistics(where, tiles.logits(where))  # while the last chunk's numbers travel
+            take_in()
+            waiting.append((where, collectives.gather_later(stats, head.group)))
+        take_in()
+        ctx.save_for_backward(hidden, weight, targets, rows, log_z, entropies)
+        ctx.head = head
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropies):
-        hidden, weight, targets, log_z, entropies = ctx.saved_tensors
-        part, group, temperature, kept, chunk_rows = ctx.settings
-        grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)
-        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype)
-        live = weight[: part.valid]
-        for start in range(0, len(targets), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            dlogits = _kept_logits(hidden, weight, part, temperature, kept, rows)
-            _logits_gradient(dlogits, targets[rows], log_z[rows], entropies[rows], grad_logprobs[rows],
-                             grad_entropies[rows], part)  # fmt: skip
-            dlogits = dlogits.div_(temperature)
-            grad_hidden[rows] = products.through_rows(dlogits, live)
-            grad_weight[: part.valid] += products.through_rows(dlogits.t(), hidden[rows])
-        collectives.sum_(grad_hidden, group)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), *[None] * 6
+        hidden, weight, targets, rows, log_z, entropies = ctx.saved_tensors
+        head = ctx.head
+        entering = head.rows_of(hidden, rows)
+        tiles = Tiles.of(head, entering, weight, targets)
+        sums = _Gradients(tiles, weight)
+        for where in tiles:
+            z = tiles.logits(where)
+            sums.add(where, z, log_z[where], entropies[where], grad_logprobs[where], grad_entropies[where])
+        return sums.of_hidden(rows, hidden), sums.of_weight(), None, None, None
 
 
-def _logits_gradient(logits, targets, log_z, entropies, grad_logprobs, grad_entropies, part: VocabSlice) -> None:
-    """Overwrite a chunk's logits with dL/dz, z being the logits after the temperature."""
-    logp = logits.sub_(log_z.unsqueeze(1))
-    p = torch.exp(logp)
-    # one coefficient an element: -p (g_y + g_H (ln p + H))
-    logp.add_(entropies.unsqueeze(1)).mul_(grad_entropies.unsqueeze(1)).add_(grad_logprobs.unsqueeze(1))
-    logp.mul_(p).neg_()
-    local = targets - part.start
-    mine = ((local >= 0) & (local < part.valid)).nonzero().squeeze(1)
-    logp[mine, local[mine]] += grad_logprobs[mine]
+class _OneSweep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, job):
+        ctx.save_for_backward(hidden, weight)
+        ctx.job = job
+        return hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (hidden, weight), job = ctx.saved_tensors, ctx.job
+        head, rows = job.head, job.rows
+        entering = head.rows_of(hidden, rows)
+        if head.sequence_parallel:
+            head.check_values(entering, job.targets)
+        tiles = Tiles.of(head, entering, weight, job.targets)
+        sums = _Gradients(tiles, weight)
+        total, metrics = entering.new_zeros((), dtype=tiles.dtype), {}
+        for where in tiles:
+            z = tiles.logits(where)
+            stats = tiles.statistics(where, z)
+            log_z, logprobs, entropies = merge(collectives.gather(stats, head.group if len(z) else None))
+            loss, more, (g_y, g_h) = _differentiate(job.objective, logprobs, entropies, where)
+            total, metrics = total + loss, add_metrics(metrics, more)
+            sums.add(where, z, log_z, entropies, g_y * upstream, None if g_h is None else g_h * upstream)
+        job.report(total, metrics)
+        return sums.of_hidden(rows, hidden), sums.of_weight(), None
+
+
+def _differentiate(objective: TokenObjective, logprobs: Tensor, entropies: Tensor, where: slice):
+    """(loss, metrics, (dL/d logprobs, dL/d entropies or None)) of a chunk, by autograd over its small vectors."""
+    with torch.enable_grad():
+        leaves = logprobs.requires_grad_(), entropies.requires_grad_()
+        loss, metrics = objective(*leaves, where)
+        g_y, g_h = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else (None, None)
+    return loss.detach(), metrics, (torch.zeros_like(logprobs) if g_y is None else g_y, g_h)
+
+
+class _Gradients:
+    """Sums over chunks: the hidden rows' gradient and the weight's."""
+
+    def __init__(self, tiles: Tiles, weight: Tensor):
+        self.tiles, self.weight = tiles, weight
+        self.hidden = torch.empty(tiles.hidden.shape, dtype=tiles.dtype, device=weight.device)
+        self.accumulator = weight_gradient.accumulator(weight, tiles.dtype)
+
+    def add(self, where: slice, z: Tensor, log_z: Tensor, entropies: Tensor, g_y: Tensor, g_h: Tensor | None) -> None:
+        """z: the chunk's logits, which become its gradient."""
+        tiles, live = self.tiles, self.tiles.part.valid
+        dz = tiles.gradient(where, z, log_z, entropies, g_y, g_h)
+        self.hidden[where] = products.through_rows(dz, self.weight[:live])
+        products.accumulate_(self.accumulator[:live], dz, tiles.hidden[where])
+
+    def of_hidden(self, rows: Tensor | None, hidden: Tensor) -> Tensor:
+        return self.tiles.head.hidden_gradient(self.hidden, rows, hidden)
+
+    def of_weight(self) -> Tensor:
+        return weight_gradient.for_autograd(self.weight, self.accumulator)

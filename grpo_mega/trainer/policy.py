@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,11 +22,12 @@ from grpo_mega.errors import GrpoMegaError
 from grpo_mega.model.attention import PackedRows
 from grpo_mega.model.optimizer import build_optimizer, wrap_for_training
 from grpo_mega.model.specs import TrunkModel
-from grpo_mega.parallel import collectives, vocab
+from grpo_mega.parallel import vocab
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.types import Mean, Metrics, Microbatch, TokenBatch, add_metrics
 
-# (logprobs [n], entropies [n], the same tokens' weights and advantages) -> (sum of weighted token losses, metrics)
+# (logprobs [n], entropies [n], the same tokens' weights and advantages) -> (sum of weighted token losses, metrics); the
+# trained tokens come in several calls, whose losses and metrics are added up
 Objective = Callable[[Tensor, Tensor, TokenBatch], tuple[Tensor, Metrics]]
 Tick = Callable[[], None]
 
@@ -51,7 +53,7 @@ class Scorer:
 
         def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
             rows = batch.loss_weights.nonzero().squeeze(1)
-            values = self._head(hidden, batch, rows)[0]
+            values, _ = vocab.logprobs_and_entropies(**self._head(hidden, batch, rows))
             return torch.zeros_like(batch.loss_weights, dtype=values.dtype).index_copy(0, rows, values)
 
         found = self._run(batches, collect, tick, forward_only=True)
@@ -80,21 +82,19 @@ class Scorer:
             collect_non_loss_data=forward_only,
         )
 
-    def _head(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [T or T / tp, 1, H] -> log-probs and entropies of the trained rows, `[n]` each."""
-        group = self.mesh.tensor.group
-        hidden = hidden[:, 0]
-        if self.model.config.sequence_parallel:
-            hidden = collectives.gather_rows(hidden, group)
-        return vocab.logprobs_and_entropies(
-            hidden[rows],
-            self.model.output_weight(),
-            batch.targets[rows],
-            vocab_size=self.vocab_size,
-            group=group,
-            temperature=self.temperature,
-            kept=batch.kept,
-        )
+    def _head(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> dict[str, Any]:
+        """What the vocab-parallel operators are given.  hidden [T or T / tp, 1, H]; rows [n]: the trained ones."""
+        return {
+            "hidden": hidden[:, 0],
+            "weight": self.model.output_weight(),
+            "targets": batch.targets[rows],
+            "rows": rows,
+            "vocab_size": self.vocab_size,
+            "group": self.mesh.tensor.group,
+            "sequence_parallel": self.model.config.sequence_parallel,
+            "temperature": self.temperature,
+            "kept": batch.kept,
+        }
 
 
 class Policy(Scorer):
@@ -126,10 +126,17 @@ class Policy(Scorer):
 
         def loss(batch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Metrics]:
             rows = batch.loss_weights.nonzero().squeeze(1)
-            logprobs, entropies = self._head(hidden, batch, rows)
-            total, metrics = objective(logprobs, entropies, batch.take(rows))
-            metrics["loss"] = Mean(total.detach().double(), batch.rows)
-            return total, torch.tensor(batch.rows, dtype=torch.int, device=total.device), metrics
+            tokens, metrics = batch.take(rows), {}
+
+            def of_chunk(logprobs: Tensor, entropies: Tensor, where: slice) -> tuple[Tensor, Metrics]:
+                return objective(logprobs, entropies, tokens.slice(where))
+
+            def report(total: Tensor, more: Metrics) -> None:  # in the backward
+                metrics.update(more, loss=Mean(total.double(), batch.rows))
+
+            head = self._head(hidden, batch, rows)
+            placeholder = vocab.one_sweep_loss(**head, objective=of_chunk, report=report)
+            return placeholder, torch.tensor(batch.rows, dtype=torch.int, device=placeholder.device), metrics
 
         self._buffers.zero_grad_buffer()
         self.optimizer.zero_grad()

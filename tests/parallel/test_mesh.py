@@ -106,17 +106,15 @@ def collective_answers():
     """What each collective gives on two ranks."""
     mesh = initialize(tensor=2)
     me, group = mesh.tensor.rank, mesh.tensor.group
-    x = torch.tensor([[1.0 + me, 10.0 * me]], requires_grad=True)
-    rows = collectives.gather_rows(x, group)
-    (rows * torch.tensor([[1.0], [2.0]])).sum().backward()
+    later = collectives.gather_later(torch.tensor([me, 5]), group)
     summed = torch.tensor([1.0 + me])
     sent = [
         collectives.send_to_first(torch.full((2, 3), 7.0 + me, dtype=torch.float64), source, group) for source in (0, 1)
     ]
     return {
         "gather": collectives.gather(torch.tensor([me, 5]), group).tolist(),
-        "gather_rows": rows.tolist(),
-        "its gradient": x.grad.tolist(),
+        "later": later().tolist(),
+        "reduce_scatter": collectives.reduce_scatter(torch.tensor([[1.0], [10.0]]) * (me + 1), group).tolist(),
         "sum_": (collectives.sum_(summed, group) is summed, summed.item()),
         "max_int": collectives.max_int(me + 2**53, group),
         "sum_int": collectives.sum_int(2**53 + me, group),
@@ -129,9 +127,8 @@ def collective_answers():
 def test_collectives_over_two_ranks(ranks):
     found = ranks(2, collective_answers)
     for me, answer in enumerate(found):
-        assert answer["gather"] == [[0, 5], [1, 5]]
-        assert answer["gather_rows"] == [[1.0, 0.0], [2.0, 10.0]]
-        assert answer["its gradient"] == [[1.0 + me] * 2]  # this rank's rows of the gradient, not their sum
+        assert answer["gather"] == answer["later"] == [[0, 5], [1, 5]]
+        assert answer["reduce_scatter"] == [[[3.0]], [[30.0]]][me]
         assert answer["sum_"] == (True, 3.0)
         assert answer["max_int"] == 2**53 + 1 and answer["sum_int"] == 2**54 + 1  # exact beyond float64
         assert answer["broadcast"] == {"from": 1} and answer["objects"] == [("rank", 0), ("rank", 1)]
@@ -141,7 +138,8 @@ def test_collectives_over_two_ranks(ranks):
 def test_without_a_group_every_collective_is_the_identity():
     x = torch.tensor([[1.0, 2.0]], requires_grad=True)
     assert (collectives.size(None), collectives.rank(None)) == (1, 0)
-    assert collectives.gather_rows(x, None) is x and collectives.send_to_first(x, 0, None) is x
+    assert collectives.reduce_scatter(x, None) is x and collectives.send_to_first(x, 0, None) is x
+    assert collectives.gather_later(x, None)().tolist() == [[[1.0, 2.0]]]
     assert collectives.sum_(x, None) is x and collectives.gather(x, None).tolist() == [[[1.0, 2.0]]]
     assert (collectives.max_int(3, None), collectives.sum_int(3, None)) == (3, 3)
     assert collectives.broadcast_object("a", None) == "a" and collectives.gather_objects("a", None) == ["a"]
