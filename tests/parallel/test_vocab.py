@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
-from contextlib import ExitStack, contextmanager
-from inspect import isfunction
-from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
+from vocabulary import crossings, problem, same_bits, some_kept
 
 from grpo_mega.parallel.draw import draw
 from grpo_mega.parallel.mesh import initialize, world_size_from_environment
 from grpo_mega.parallel.truncation import Truncation
 from grpo_mega.parallel.vocab import logprobs_and_entropies
-from grpo_mega.types import Kept
 
 FP32, FP64 = torch.float32, torch.float64
 NAN = float("nan")
 TRUNCATIONS = [Truncation(top_k=3), Truncation(top_p=0.9), Truncation(top_k=200, top_p=0.5)]
 CUTS = [(2, 259, 136), (3, 259, 88), (3, 5, 4)]  # ranks, vocabulary, rows a rank; the last rank of the last has none
-
-
-def problem(rows, vocab, padded, dtype=FP64, hidden=6):
-    """hidden, weight (rows beyond the vocabulary are nan: whatever touches them shows), targets, two cotangents."""
-    generator = torch.Generator().manual_seed(rows + vocab)
-    x = torch.randn(rows, hidden, generator=generator, dtype=FP64)
-    weight = torch.full((padded, hidden), NAN, dtype=FP64)
-    weight[:vocab] = torch.randn(vocab, hidden, generator=generator, dtype=FP64) / 2
-    targets = torch.randint(vocab, (rows,), generator=generator)
-    targets[: min(rows, vocab)] = torch.arange(vocab).flip(0)[:rows]  # the last rank's tokens first
-    grads = torch.randn(2, rows, generator=generator, dtype=FP64)
-    return x.to(dtype), weight.to(dtype), targets, grads.to(dtype)
 
 
 def forward_and_backward(x, weight, targets, grads, **options):
@@ -63,14 +46,6 @@ def test_values_and_gradients_are_those_of_log_softmax(temperature, chunk_rows):
     for mine, wanted in zip(found, by_log_softmax(*data, 13, temperature), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
     assert torch.count_nonzero(found[3][13:]) == 0
-
-
-def some_kept(targets, vocab):
-    """From one to all tokens of each row, its target among them."""
-    generator = torch.Generator().manual_seed(3)
-    masks = torch.rand(len(targets), vocab, generator=generator) < torch.linspace(0, 1, len(targets))[:, None]
-    masks[torch.arange(len(targets)), targets] = True
-    return Kept(*masks.nonzero(as_tuple=True))
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 4])
@@ -170,34 +145,9 @@ def on_ranks(cuts, dtype):
     return answers
 
 
-@contextmanager
-def crossings():
-    """(name, elements of the largest tensor) of every collective of torch.distributed in this block."""
-    seen = []
-    names = [
-        n for n, f in vars(dist).items() if isfunction(f) and re.match("all_|broad|gather|reduce|scatter|i?send", n)
-    ]
-
-    def counted(name, function):
-        def call(*args, **kwargs):
-            seen.append((name, max(a.numel() for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))))
-            return function(*args, **kwargs)
-
-        return call
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(patch.object(dist, name, counted(name, getattr(dist, name))))
-        yield seen
-
-
 def draws(rows, vocab, padded, dtype):
     x, weight, _, _ = problem(rows, vocab, padded, dtype)
     return x, weight, torch.rand(rows, generator=torch.Generator().manual_seed(5), dtype=FP64)
-
-
-def same_bits(values):
-    return all(torch.equal(value, values[0]) for value in values)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(FP64, 1e-12), (FP32, 1e-6)])
