@@ -196,22 +196,31 @@ class Folder:
 @torch.no_grad()
 def load(model: nn.Module, arch: Architecture, place: Place, tick: Tick = silent) -> None:
     """Fill this rank's parameters from `arch.folder`, reading only their slices; padded vocabulary rows become 0."""
+    done, total = 0, sum(parameter.numel() for parameter in model.parameters())
+    for parameter, value in tensors(model, arch, place):
+        parameter.copy_(value)
+        done += parameter.numel()
+        tick(done, total)
+
+
+def tensors(
+    model: nn.Module, arch: Architecture, place: Place, dtype: torch.dtype | None = None
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each of this rank's parameters with what `arch.folder` has for it, in the parameter's dtype or in `dtype`."""
     folder = Folder(arch.folder)
     folder.check(arch)
     parameters = dict(model.named_parameters())
-    done, total = 0, sum(parameter.numel() for parameter in parameters.values())
     for name, parts in pieces(arch, place):
         parameter = parameters.pop(name)
-        parameter.zero_()
+        whole = torch.zeros(parameter.shape, dtype=dtype or parameter.dtype)
         for piece in parts:
             if piece.length == 0:
                 continue  # a tensor rank beyond the real vocabulary; safetensors refuses the empty slice
             source = slice(piece.source, piece.source + piece.length)
             view = folder.slice(piece.name)
             value = view[source] if piece.dim == 0 else view[:, source]
-            parameter.narrow(piece.dim, piece.start, piece.length).copy_(value)
-        done += parameter.numel()
-        tick(done, total)
+            whole.narrow(piece.dim, piece.start, piece.length).copy_(value)
+        yield parameter, whole
     if parameters:
         raise AssertionError(f"parameters without a source: {sorted(parameters)}")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor, nn
 
 from grpo_mega.config import OptimizerConfig
 from grpo_mega.model.specs import TrunkModel
@@ -75,6 +78,26 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+@torch.no_grad()
+def start_main_weights(optimizer: MegatronOptimizer, values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Give bf16 weights' float32 main weights the numbers of the model's folder; values: see `bridge.tensors`.
+
+    megatron takes them from the bf16 weights. Each then starts in the middle between two roundings, and nothing of what
+    AdamW does to it is seen by the model until it has moved by half a last place, 1e-3 of its size or more, which at
+    a learning rate of 1e-5 takes dozens of steps. From where a float32 folder has them, the nearest move at once.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    for parameter, value in values:
+        main = getattr(parameter, "main_param", None)
+        if main is None:  # the distributed optimizer keeps it on other ranks
+            continue
+        if getattr(parameter, "main_param_sharded", False):
+            owner = next(part for part in parts if parameter in part.model_param_gbuf_map)
+            mine = owner._get_model_param_range_map(parameter)["param"]
+            value = value.flatten()[mine.start : mine.end]
+        main.copy_(value)
 
 
 def _mend_loading(optimizer: DistributedOptimizer) -> None:

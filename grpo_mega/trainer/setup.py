@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from grpo_mega.config import Recipe
@@ -14,11 +15,13 @@ from grpo_mega.data.mixture import PromptStream
 from grpo_mega.data.prompts import DataCounts, Renderer, prompts_of
 from grpo_mega.data.tokenizer import ChatTokenizer, load_tokenizer
 from grpo_mega.errors import ConfigError
+from grpo_mega.model import bridge
 from grpo_mega.model.architecture import Architecture, read_architecture
 from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.copy import WeightCopy
 from grpo_mega.model.decode import Decoder
 from grpo_mega.model.layout import layers_per_stage
+from grpo_mega.model.optimizer import start_main_weights
 from grpo_mega.model.specs import TrunkModel
 from grpo_mega.objective.grpo import grpo_loss
 from grpo_mega.parallel.mesh import Mesh, another_layout
@@ -99,6 +102,9 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
     model = build(inputs.arch, dtype=dtype, recompute=recipe.model.recompute)
     vocab_size = inputs.arch.vocab_size
     policy = Policy(model, vocab_size, mesh, temperature, recipe.optimizer, recipe.run.num_steps)
+    if dtype == torch.bfloat16:
+        fine = bridge.tensors(model, inputs.arch, bridge.Place.of(mesh, inputs.layers), torch.float32)
+        start_main_weights(policy.optimizer, fine)
     reference = None
     if recipe.grpo.kl_coef > 0:
         frozen = build(read_architecture(recipe.reference_path), dtype=reference_dtype, trainable=False)

@@ -318,6 +318,24 @@ def test_the_distributed_optimizer_is_the_optimizer_and_goes_on_bit_for_bit(rank
         assert ours["reward"] == theirs["reward"] or dtype == "bf16"
 
 
+def main_weights(tree, scratch):
+    run = built(tree)
+    where = (run.policy.model, run.inputs.arch, run.mesh, run.inputs.layers)
+    return assembled(*where, lambda parameter: parameter.main_param, scratch / "main")
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_bf16s_main_weights_start_where_the_folder_has_them(ranks, tree, tmp_path, parallel):
+    """Not at its weights rounded to bf16, from which small updates do not show."""
+    tree = with_run(tree | {"precision": {"dtype": "bf16"}}, tmp_path / "run", 3, **parallel)
+    found = ranks(2, main_weights, tree, tmp_path)[0]
+    wanted = load_file(Path(tree["model"]["path"]) / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert weight.equal(found[name]), name
+    assert any(not weight.equal(weight.bfloat16().float()) for weight in wanted.values())
+
+
 def test_phases_have_a_precision_of_their_own(ranks, tree, tmp_path):
     """bf16 rounds what was sampled from, and the reference (0 nats away at step 1 in float32); the policy stays."""
     for name in ("sampling", "reference"):
