@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ranks as pool
 import tiny
+import torch
 import torch.distributed as dist
 from assembled import assembled
 from safetensors.torch import load_file
@@ -18,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from grpo_mega.config import load_recipe, validate_recipe
 from grpo_mega.errors import CheckpointError, ConfigError, RunDirectoryError
+from grpo_mega.model import bridge
+from grpo_mega.model.architecture import padded_vocab_size
 from grpo_mega.parallel import mesh
 from grpo_mega.trainer import checkpoint, loop, main
 from grpo_mega.trainer.progress import Progress
@@ -318,22 +321,39 @@ def test_the_distributed_optimizer_is_the_optimizer_and_goes_on_bit_for_bit(rank
         assert ours["reward"] == theirs["reward"] or dtype == "bf16"
 
 
-def main_weights(tree, scratch):
+def main_weights(tree):
+    """Of each parameter: is its main weight here the folder's number, is that more than bf16 holds, how many numbers."""
     run = built(tree)
-    where = (run.policy.model, run.inputs.arch, run.mesh, run.inputs.layers)
-    return assembled(*where, lambda parameter: parameter.main_param, scratch / "main")
+    fine = bridge.tensors(
+        run.policy.model, run.inputs.arch, bridge.Place.of(run.mesh, run.inputs.layers), torch.float32
+    )
+    found = []
+    for parameter, value in fine:
+        main, owner = parameter.main_param, run.policy.optimizer
+        if main is None:
+            continue
+        if getattr(parameter, "main_param_sharded", False):
+            owner = getattr(owner, "chained_optimizers", [owner])[0]
+            mine = owner._get_model_param_range_map(parameter)["param"]
+            value = value.flatten()[mine.start : mine.end]
+        found.append((main.equal(value), not value.equal(value.bfloat16().float()), main.numel()))
+    return found
 
 
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}], ids=str)
-def test_bf16s_main_weights_start_where_the_folder_has_them(ranks, tree, tmp_path, parallel):
+@pytest.mark.parametrize(
+    ("parallel", "distributed"), [({"tensor": 2}, False), ({"pipeline": 2}, False), ({}, True)], ids=str
+)
+def test_bf16s_main_weights_start_where_the_folder_has_them(ranks, tree, tmp_path, parallel, distributed):
     """Not at its weights rounded to bf16, from which small updates do not show."""
-    tree = with_run(tree | {"precision": {"dtype": "bf16"}}, tmp_path / "run", 3, **parallel)
-    found = ranks(2, main_weights, tree, tmp_path)[0]
-    wanted = load_file(Path(tree["model"]["path"]) / "model.safetensors")
-    assert found.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        assert weight.equal(found[name]), name
-    assert any(not weight.equal(weight.bfloat16().float()) for weight in wanted.values())
+    optimizer = tree["optimizer"] | {"distributed": distributed}
+    tree = with_run(tree | {"precision": {"dtype": "bf16"}, "optimizer": optimizer}, tmp_path / "run", 3, **parallel)
+    by_rank = ranks(2, main_weights, tree)
+    assert all(same for found in by_rank for same, _, _ in found)
+    assert all(any(finer for _, finer, _ in found) for found in by_rank)
+    if distributed:  # the ranks' parts are the whole, once
+        weights = load_file(Path(tree["model"]["path"]) / "model.safetensors")
+        padding = (padded_vocab_size(tiny.VOCABULARY, 1) - tiny.VOCABULARY) * 16
+        assert sum(n for found in by_rank for _, _, n in found) == sum(w.numel() for w in weights.values()) + padding
 
 
 def test_phases_have_a_precision_of_their_own(ranks, tree, tmp_path):
