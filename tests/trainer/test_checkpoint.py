@@ -322,7 +322,7 @@ def test_the_distributed_optimizer_is_the_optimizer_and_goes_on_bit_for_bit(rank
 
 
 def main_weights(tree):
-    """Of each parameter: is its main weight here the folder's number, is that more than bf16 holds, how many numbers."""
+    """Of each parameter: is its main weight here the folder's number, is that more than bf16 holds, its size."""
     run = built(tree)
     fine = bridge.tensors(
         run.policy.model, run.inputs.arch, bridge.Place.of(run.mesh, run.inputs.layers), torch.float32
