@@ -22,6 +22,6 @@ def for_autograd(weight: Tensor, gradient: Tensor) -> Tensor:
     """What a backward returns for the weight, once `gradient`, its `accumulator`, holds the gradient."""
     if getattr(weight, "main_grad", None) is None:
         return gradient.to(weight.dtype)
-    weight.grad_added_to_main_grad = True
+    setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010  (a tensor has no such field)
     make = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty  # neither touches its pages
     return make(weight.shape, dtype=weight.dtype, device=weight.device)

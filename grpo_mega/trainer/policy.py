@@ -126,7 +126,8 @@ class Policy(Scorer):
 
         def loss(batch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Metrics]:
             rows = batch.loss_weights.nonzero().squeeze(1)
-            tokens, metrics = batch.take(rows), {}
+            tokens = batch.take(rows)
+            metrics: Metrics = {}
 
             def of_chunk(logprobs: Tensor, entropies: Tensor, where: slice) -> tuple[Tensor, Metrics]:
                 return objective(logprobs, entropies, tokens.slice(where))
