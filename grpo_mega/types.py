@@ -165,12 +165,8 @@ class Microbatch:
     def take(self, rows: Tensor) -> TokenBatch:
         """What an objective needs of the given rows, `rows` [n] int64."""
         return TokenBatch(
-            loss_weights=self.loss_weights[rows],
-            advantages=self.advantages[rows],
-            sampler_logprobs=self.sampler_logprobs[rows],
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows],
-        )
+            self.loss_weights, self.advantages, self.sampler_logprobs, self.old_logprobs, self.ref_logprobs
+        ).at(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +179,8 @@ class TokenBatch:
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
 
-    def slice(self, where: slice) -> TokenBatch:
-        """Some of the tokens."""
+    def at(self, where: slice | Tensor) -> TokenBatch:
+        """Some of the tokens: a run of them, or those of an index [n] int64."""
         return TokenBatch(
             loss_weights=self.loss_weights[where],
             advantages=self.advantages[where],

@@ -130,7 +130,7 @@ class Policy(Scorer):
             metrics: Metrics = {}
 
             def of_chunk(logprobs: Tensor, entropies: Tensor, where: slice) -> tuple[Tensor, Metrics]:
-                return objective(logprobs, entropies, tokens.slice(where))
+                return objective(logprobs, entropies, tokens.at(where))
 
             def report(total: Tensor, more: Metrics) -> None:  # in the backward
                 metrics.update(more, loss=Mean(total.double(), batch.rows))

@@ -26,7 +26,7 @@ PER_TOKEN = "a number a token"
 
 
 def grpo(tokens, kl_coef, logprobs, entropies, where):
-    part = tokens.slice(where)
+    part = tokens.at(where)
     return grpo_loss(
         logprobs, entropies, old_logprobs=part.old_logprobs, ref_logprobs=part.ref_logprobs, advantages=part.advantages,
         loss_weights=part.loss_weights, sampler_logprobs=part.sampler_logprobs, clip_low=0.2, clip_high=0.3,
