@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -21,8 +19,6 @@ def kernels(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(row_kernels, "BLOCK_ELEMENTS", 100)
         return row_kernels
-    if DEVICE == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' file is imported
     from grpo_mega.parallel import row_kernels_triton
 
     monkeypatch.setattr(row_kernels_triton, "BLOCK", 16)
