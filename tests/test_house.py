@@ -134,8 +134,9 @@ def test_files_and_functions_stay_short():
 
 
 def test_every_recipe_validates():
-    for path in sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml")):
-        load_recipe(path)
+    paths = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
+    directories = [load_recipe(path).run.directory for path in paths]  # raises for one that does not
+    assert len(set(directories)) == len(paths) >= 4  # and none goes on in another's run
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,7 @@ def one_sweep_loss(
     Arguments and errors as in `logprobs_and_entropies` (under sequence parallelism values are looked at in the
     backward). objective: pure; it is called once a chunk with log-probs and entropies that want a gradient, and its
     losses and metrics are added up. The upstream gradient scales what goes into gradients, not what is reported.
-    A weight that has a `main_grad` and no gradient of its own is the last stage's; without a backward nothing is
-    computed, written or reported.
+    Without a backward nothing is computed, written or reported.
     """
     head = Head(**options)
     head.check(hidden, weight, targets, rows)

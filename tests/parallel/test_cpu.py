@@ -28,7 +28,8 @@ def test_a_version_that_was_not_checked_is_refused(monkeypatch, found):
 
 
 def test_the_installed_version_is_checked():
-    cpu.check_version()
+    cpu.check_version()  # raises for any other
+    assert importlib.metadata.version("megatron-core") in cpu.CHECKED_VERSIONS
 
 
 def test_what_is_checked_is_what_the_tests_run_with():
