@@ -82,7 +82,7 @@ def ranks_to_fill(recipe: Recipe) -> int:
 
     arch = read_architecture(recipe.model.path)
     parameters = arch.num_layers * arch.layer_parameters + 2 * arch.head_parameters
-    replica = recipe.parallel.tensor * recipe.parallel.pipeline
+    replica = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
     fit = free_memory_bytes() // (20 * parameters + (3 << 30))
     return replica * max(1, min(local_devices() // replica, recipe.batch.prompts_per_step, fit))
 

@@ -120,6 +120,11 @@ class Kept:
         low, high = torch.searchsorted(self.rows, torch.tensor([start, stop], device=self.rows.device)).tolist()
         return self.rows[low:high], self.tokens[low:high]
 
+    def take(self, which: Tensor) -> Kept:
+        """The rows where `which` [n] bool is True, numbered anew."""
+        pairs = which[self.rows]
+        return Kept((which.cumsum(0) - 1)[self.rows[pairs]], self.tokens[pairs])
+
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
@@ -157,6 +162,18 @@ class Microbatch:
     def rows(self) -> int:
         """T: the rows of this microbatch, padding included (what is handed to megatron as the count)."""
         return self.input_ids.numel()
+
+    def part(self, places: Tensor) -> Microbatch:
+        """The rows `places` [n] int64, ascending, as one context rank holds them; segments are still the whole's."""
+        rows = {name: getattr(self, name)[places] for name in ("input_ids", "targets", "position_ids", "segment_ids")}
+        for name in ("loss_weights", "advantages", "sampler_logprobs", "old_logprobs", "ref_logprobs"):
+            values = getattr(self, name)
+            rows[name] = None if values is None else values[places]
+        kept = self.kept
+        if kept is not None:
+            here = torch.zeros_like(self.loss_weights, dtype=torch.bool).index_fill(0, places, True)
+            kept = kept.take(here[self.loss_weights != 0])
+        return replace(self, **rows, kept=kept)
 
     def with_logprobs(self, *, old: Tensor | None, ref: Tensor | None) -> Microbatch:
         """The same microbatch with `[T]` log-probs of the step's first policy and of the reference."""

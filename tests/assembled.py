@@ -26,8 +26,7 @@ def assembled(model, arch, grid, layers, value: Callable[[torch.nn.Parameter], T
             others = sums.clone()
             torch.distributed.broadcast(others, group=grid.data.group, group_src=0)
             assert sums.equal(others), "data-parallel ranks disagree"
-        if grid.data.first:
-            bridge.export(model, arch, grid, layers, scratch)
+        bridge.export(model, arch, grid, layers, scratch)
         for parameter, weight in zip(model.parameters(), kept, strict=True):
             parameter.copy_(weight)
     return load_file(scratch / "model.safetensors") if grid.is_writer else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,7 +14,8 @@ from grpo_mega.config.reward import RewardConfig
 class ModelConfig(Section):
     path: Name  # Hugging Face folder of the policy's first weights
     tokenizer: Name | None = None  # another folder's tokenizer, or a sentencepiece .model file; default: of model.path
-    recompute: Literal["none", "full"] = "none"  # full: activations of a layer are computed again in the backward
+    # what the backward computes again instead of keeping it: nothing, attention, or each layer as a whole
+    recompute: Literal["none", "selective", "full"] = "none"
 
 
 class ReferenceConfig(Section):
@@ -24,19 +25,44 @@ class ReferenceConfig(Section):
 class ParallelConfig(Section):
     tensor: Positive = 1
     pipeline: Positive = 1
+    virtual_pipeline: Positive = 1  # stages of each pipeline rank, interleaved: rank p has stages p, p + pipeline, ...
+    context: Positive = 1  # ranks that share the rows of one microbatch
     sequence: bool = False  # megatron's sequence parallelism: activations between layers are sharded over tensor ranks
-    pipeline_layout: Counts | None = None  # layers of each stage; default: balanced by cost
+    pipeline_layout: Counts | None = None  # layers of each stage, in model order; default: balanced by cost
+    # gradients are reduced while the backward still runs; with optimizer.distributed, weights gathered in the forward
+    overlap: bool = False
 
     @model_validator(mode="after")
     def _layout(self) -> ParallelConfig:
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
-        if self.pipeline_layout is not None and len(self.pipeline_layout) != self.pipeline:
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} interleaves the stages of a pipeline, and "
+                "parallel.pipeline=1 has none; set parallel.virtual_pipeline=1 or parallel.pipeline > 1"
+            )
+        if self.pipeline_layout is not None and len(self.pipeline_layout) != self.stages:
+            times = f" x parallel.virtual_pipeline={self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
             raise ValueError(
                 f"parallel.pipeline_layout has {len(self.pipeline_layout)} stages but parallel.pipeline="
-                f"{self.pipeline}; give one layer count a stage"
+                f"{self.pipeline}{times}; give one layer count a stage"
             )
         return self
+
+    @property
+    def stages(self) -> int:
+        """How many runs of layers the model is cut into."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The mesh's axes but data, which follows from the number of ranks."""
+        return {
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            "virtual_pipeline": self.virtual_pipeline,
+            "context": self.context,
+        }
 
 
 class PrecisionConfig(Section):

@@ -17,13 +17,17 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 
 class Rows(Protocol):
     """What attention needs to know about the T rows of one forward."""
 
-    cos: Tensor  # [T, 1, head_dim]
-    sin: Tensor
+    @property
+    def cos(self) -> Tensor: ...  # [T, 1, head_dim]
+
+    @property
+    def sin(self) -> Tensor: ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [T, heads, d], key and value [T, kv_heads, d], rotated -> context [T, heads, d]."""
@@ -38,7 +42,12 @@ class RowAttention(SelfAttention):
         rows = packed_seq_params
         query, key, value = (part.squeeze(1) for part in self.get_query_key_value_tensors(hidden_states))
         query, key = rotate(query, rows.cos, rows.sin), rotate(key, rows.cos, rows.sin)
-        context = rows.attend(self.layer_number, query, key, value)
+        if self.config.recompute_granularity == "selective" and self.training:
+            context = checkpoint(
+                rows.attend, self.layer_number, query, key, value, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            context = rows.attend(self.layer_number, query, key, value)
         return self.linear_proj(context.reshape(context.shape[0], 1, -1))
 
 

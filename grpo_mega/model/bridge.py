@@ -38,16 +38,24 @@ def silent(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """A model-parallel coordinate: which tensor rank of which stage."""
+    """A model-parallel coordinate: which tensor rank of which pipeline rank.
+
+    layers: of each of the model's stages; those of pipeline rank p are p, p + pipeline_size, ...
+    """
 
     tensor: int
     tensor_size: int
-    stage: int
+    pipeline: int
+    pipeline_size: int
     layers: tuple[int, ...]
 
     @classmethod
     def of(cls, mesh: Mesh, layers: tuple[int, ...]) -> Place:
-        return cls(mesh.tensor.rank, mesh.tensor.size, mesh.pipeline.rank, layers)
+        return cls(mesh.tensor.rank, mesh.tensor.size, mesh.pipeline.rank, mesh.pipeline.size, layers)
+
+    @property
+    def stages(self) -> range:
+        return range(self.pipeline, len(self.layers), self.pipeline_size)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,14 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def pieces(arch: Architecture, place: Place) -> Iterator[tuple[str, list[Piece]]]:
-    """(megatron parameter name, its pieces) for every parameter of one place, layer by layer."""
+    """(parameter name in `ModelParts`, its pieces) for every parameter of one place, stage by stage."""
+    for part, stage in enumerate(place.stages):
+        for name, parts in _stage(arch, place, stage):
+            yield f"{part}.{name}", parts
+
+
+def _stage(arch: Architecture, place: Place, stage: int) -> Iterator[tuple[str, list[Piece]]]:
+    """The same of one stage, under megatron's own names, layer by layer."""
     rank, size = place.tensor, place.tensor_size
 
     def part(name: str, dim: int, length: int, start: int = 0) -> Piece:
@@ -93,10 +108,10 @@ def pieces(arch: Architecture, place: Place) -> Iterator[tuple[str, list[Piece]]
     def whole(name: str) -> Piece:
         return Piece(name, 0, 0, 0, arch.hidden_size)
 
-    if place.stage == 0:
+    if stage == 0:
         yield "embedding.word_embeddings.weight", _vocabulary("model.embed_tokens.weight", arch, place)
-    first = first_layer(place.layers, place.stage)
-    for local in range(place.layers[place.stage]):
+    first = first_layer(place.layers, stage)
+    for local in range(place.layers[stage]):
         mine, theirs = f"decoder.layers.{local}.", f"model.layers.{first + local}."
         yield mine + "input_layernorm.weight", [whole(theirs + "input_layernorm.weight")]
         yield mine + "self_attention.linear_qkv.weight", _query_key_value(theirs + "self_attn.", arch, place)
@@ -107,7 +122,7 @@ def pieces(arch: Architecture, place: Place) -> Iterator[tuple[str, list[Piece]]
         up = part(theirs + "mlp.up_proj.weight", 0, arch.ffn_size, start=gate.length)
         yield mine + "mlp.linear_fc1.weight", [gate, up]
         yield mine + "mlp.linear_fc2.weight", [part(theirs + "mlp.down_proj.weight", 1, arch.ffn_size)]
-    if place.stage == len(place.layers) - 1:
+    if stage == len(place.layers) - 1:
         yield "decoder.final_layernorm.weight", [whole("model.norm.weight")]
         if not arch.tied_embeddings:
             yield "output_layer.weight", _vocabulary("lm_head.weight", arch, place)
@@ -225,6 +240,15 @@ def tensors(
         raise AssertionError(f"parameters without a source: {sorted(parameters)}")
 
 
+def places(mesh: Mesh, layers: tuple[int, ...]) -> dict[int, Place]:
+    """Every place of the model with the first rank of the world that is there. Every rank must call."""
+    found: dict[int, Place] = {}
+    for rank, place in enumerate(collectives.gather_objects(Place.of(mesh, layers), mesh.world.group)):
+        if place not in found.values():
+            found[rank] = place
+    return found
+
+
 @torch.no_grad()
 def export(
     model: nn.Module,
@@ -234,21 +258,21 @@ def export(
     destination: Path,
     tick: Tick = silent,
 ) -> None:
-    """Write the model as a Hugging Face folder that `transformers` loads: every rank of the first replica must call.
+    """Write the model as a Hugging Face folder that `transformers` loads. Every rank must call.
 
-    Tensors travel one at a time to the writer. The folder appears under its name only when it is complete. Raises
-    RunDirectoryError, on the writer and once it has heard the other ranks out, when it cannot be written.
+    Tensors travel one at a time to the writer, from the first rank that holds them. The folder appears under its name
+    only when it is complete. Raises RunDirectoryError, on the writer and once it has heard the other ranks out, when it
+    cannot be written.
     """
     parameters = dict(model.named_parameters())
-    me = Place.of(mesh, layers)
+    owners = places(mesh, layers)
     writer = _Writer(arch, destination) if mesh.is_writer else None
-    for stage in range(len(layers)):
-        tables = [list(pieces(arch, Place(t, mesh.tensor.size, stage, layers))) for t in range(mesh.tensor.size)]
-        for entries in zip(*tables, strict=True):
-            for tensor, (name, parts) in enumerate(entries):
-                mine = (me.stage, me.tensor) == (stage, tensor)
+    for pipeline in range(mesh.pipeline.size):
+        stage = {rank: pieces(arch, place) for rank, place in owners.items() if place.pipeline == pipeline}
+        for entries in zip(*stage.values(), strict=True):  # the slices of one tensor, one after the other
+            for rank, (name, parts) in zip(stage, entries, strict=True):
                 value = collectives.send_to_first(
-                    parameters[name] if mine else None, stage * mesh.tensor.size + tensor, mesh.replica.group
+                    parameters[name] if mesh.rank == rank else None, rank, mesh.world.group
                 )
                 if writer is not None and value is not None:
                     writer.guard(writer.put, value.cpu(), parts)

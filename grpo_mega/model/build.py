@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,7 +13,7 @@ from grpo_mega.model import bridge
 from grpo_mega.model.architecture import Architecture, check_layout, padded_vocab_size, rope_inverse_frequencies
 from grpo_mega.model.attention import Rope
 from grpo_mega.model.layout import layers_per_stage
-from grpo_mega.model.specs import TrunkModel, block_spec
+from grpo_mega.model.specs import ModelParts, TrunkModel, block_spec
 from grpo_mega.parallel.mesh import Mesh
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -21,11 +23,12 @@ def transformer_config(
     arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device, recompute: str = "none"
 ) -> TransformerConfig:
     """megatron's configuration. Every fusion that needs apex or Transformer Engine is off; dropout is 0 in GRPO."""
-    layers = layers_per_stage(arch, parallel.pipeline, parallel.pipeline_layout)
+    layers = layers_per_stage(arch, parallel.stages, parallel.pipeline_layout)
     stages: list[list[str]] = [["decoder"] * count for count in layers]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
-    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    full: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    selective: dict[str, Any] = {"recompute_granularity": "selective"}
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -43,6 +46,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         pipeline_model_parallel_layout=stages if parallel.pipeline > 1 else None,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -55,11 +60,11 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        **(full if recompute == "full" else {}),
+        **{"none": {}, "selective": selective, "full": full}[recompute],
     )
 
 
-def _mark_tensor_parallel(model: TrunkModel, arch: Architecture, place: bridge.Place) -> None:
+def _mark_tensor_parallel(model: ModelParts, arch: Architecture, place: bridge.Place) -> None:
     """Say of each matrix that tensor ranks hold different slices of it, and along which dimension.
 
     megatron-core 0.16.1 says so only while it initialises weights (tensor_parallel/layers.py), which we leave out;
@@ -83,28 +88,34 @@ def build_model(
     trainable: bool = True,
     loaded: bool = True,
     tick: bridge.Tick = bridge.silent,
-) -> TrunkModel:
+) -> ModelParts:
     """This rank's part of the model with the weights of `arch.folder`, read slice by slice, a tick for each; or, not
     `loaded`, with none.
 
     Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
     """
-    check_layout(arch, parallel.tensor, parallel.pipeline)
+    check_layout(arch, parallel.tensor, parallel.stages)
     config = transformer_config(arch, parallel, dtype, mesh.device, recompute)
-    layers = layers_per_stage(arch, parallel.pipeline, parallel.pipeline_layout)
-    model = TrunkModel(
-        config=config,
-        transformer_layer_spec=block_spec(layers[mesh.pipeline.rank]),
-        vocab_size=padded_vocab_size(arch.vocab_size, parallel.tensor),
-        max_sequence_length=arch.context_length,
-        pre_process=mesh.pipeline.first,
-        post_process=mesh.pipeline.last,
-        share_embeddings_and_output_weights=arch.tied_embeddings,
-        position_embedding_type="none",
-    )
+    layers = layers_per_stage(arch, parallel.stages, parallel.pipeline_layout)
     frequencies, factor = rope_inverse_frequencies(arch)
-    model.rope = Rope(frequencies, factor, mesh.device, dtype)
-    model.to(mesh.device)
+    rope = Rope(frequencies, factor, mesh.device, dtype)
+    parts = []
+    for virtual, stage in enumerate(mesh.stages):
+        part = TrunkModel(
+            config=config,
+            transformer_layer_spec=block_spec(layers[stage]),
+            vocab_size=padded_vocab_size(arch.vocab_size, parallel.tensor),
+            max_sequence_length=arch.context_length,
+            pre_process=stage == 0,
+            post_process=stage == len(layers) - 1,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            position_embedding_type="none",
+            vp_stage=virtual if mesh.virtual > 1 else None,
+            pg_collection=mesh.groups,
+        )
+        part.rope = rope
+        parts.append(part)
+    model = ModelParts(parts).to(mesh.device)
     place = bridge.Place.of(mesh, layers)
     if loaded:
         bridge.load(model, arch, place, tick)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.bridge import Piece, Place, pieces
-from grpo_mega.model.specs import TrunkModel
+from grpo_mega.model.specs import ModelParts
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
 
@@ -22,8 +22,8 @@ class WeightCopy:
     def __init__(
         self,
         arch: Architecture,
-        source: tuple[TrunkModel, Mesh, tuple[int, ...]],
-        target: tuple[TrunkModel, Mesh, tuple[int, ...]],
+        source: tuple[ModelParts, Mesh, tuple[int, ...]],
+        target: tuple[ModelParts, Mesh, tuple[int, ...]],
     ):
         """source, target: a model, its mesh, and the layers of each of its stages. Every rank must call."""
         model, self._mesh, layers = source
@@ -31,8 +31,7 @@ class WeightCopy:
         self._shapes = collectives.gather_objects(
             {name: p.shape for name, p in self._source.items()}, self._mesh.replica.group
         )
-        size = self._mesh.tensor.size
-        places = [Place(tensor, size, stage, layers) for stage in range(len(layers)) for tensor in range(size)]
+        places = collectives.gather_objects(Place.of(self._mesh, layers), self._mesh.replica.group)
         self._tables = [list(pieces(arch, place)) for place in places]  # in the order of the replica's ranks
         self.model, mesh, layers = target
         parameters = dict(self.model.named_parameters())
@@ -43,7 +42,7 @@ class WeightCopy:
                 self._wanted.setdefault(piece.name, []).append((piece, parameters[name].data))
 
     @torch.no_grad()
-    def refresh(self) -> TrunkModel:
+    def refresh(self) -> ModelParts:
         """Copy the weights as they are now; every rank must call. Returns the copy."""
         replica, seen = self._mesh.replica, set()
         for owner, table in enumerate(self._tables):

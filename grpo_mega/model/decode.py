@@ -4,7 +4,9 @@ The modules are the very ones that train (so sampler and training log-probs diff
 segments, attention gets cached rows. A prompt runs once; its keys and values are then copied to each of its rows.
 
 Every rank of a model replica walks through the same row groups in the same order. The last stage draws and tells all
-stages; with as many row groups in flight as there are stages, no stage waits for another's turn.
+stages; with as many row groups in flight as there are stages, no stage waits for another's turn. (Virtual stages make a
+ring of the pipeline, in which one row group at a time goes round: exact, but with a `sampling.pipeline` of its own a
+sampler is quicker.)
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from grpo_mega.model.attention import PackedRows
-from grpo_mega.model.specs import TrunkModel
+from grpo_mega.model.specs import ModelParts
 from grpo_mega.parallel import collectives, cpu, onednn
 from grpo_mega.parallel.draw import draw
 from grpo_mega.parallel.head import VocabSlice
@@ -74,15 +76,15 @@ class KVCache:
         shape = (len(layers), 2, len(prompt_of_row), sample.shape[1], capacity, sample.shape[2])
         # zeros, not empty: a masked position is multiplied by 0, and 0 times a stray nan is nan
         self.data = torch.zeros(shape, dtype=sample.dtype, device=sample.device)
-        self.first_layer = layers[0]
+        self.place = {layer: n for n, layer in enumerate(layers)}
         for prompt in sorted(set(prompt_of_row)):
             rows = [r for r, p in enumerate(prompt_of_row) if p == prompt]
             chunk, where = places[prompt]
             for layer in layers:
                 for kind, tensor in enumerate(chunk.store[layer]):
-                    self.data[layer - self.first_layer, kind, rows, :, : where.stop - where.start] = tensor[
-                        where
-                    ].transpose(0, 1)
+                    self.data[self.place[layer], kind, rows, :, : where.stop - where.start] = tensor[where].transpose(
+                        0, 1
+                    )
         self.lengths = torch.tensor(
             [places[p][1].stop - places[p][1].start for p in prompt_of_row], device=sample.device
         )
@@ -98,7 +100,7 @@ class KVCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new position into every live row; returns views [count, kv_heads, reach, d] of keys and values."""
-        keys, values = self.data[layer - self.first_layer]
+        keys, values = self.data[self.place[layer]]
         at = self.lengths[: self.count]
         keys[self.rows, :, at] = key
         values[self.rows, :, at] = value
@@ -145,7 +147,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: TrunkModel,
+        model: ModelParts,
         vocab_size: int,
         mesh: Mesh,
         temperature: float,
@@ -209,9 +211,10 @@ class Decoder:
 
     def _weights(self) -> Iterator[Tensor]:
         """What a decoding step of this stage multiplies with."""
-        for module in self.model.decoder.modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                yield module.weight
+        for part in self.model:
+            for module in part.decoder.modules():
+                if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                    yield module.weight
         if self.mesh.pipeline.last:
             weight = self.model.output_weight()
             yield weight[: VocabSlice.of(weight, self.vocab_size, self.mesh.tensor.group).valid]
@@ -232,7 +235,7 @@ class Decoder:
         return chunks, torch.cat(last) if last else None
 
     def _forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor | None:
-        """One stage's forward of `[n]` tokens: the last stage has `[n or more, H]` hidden states, on every rank."""
+        """This rank's stages on `[n]` tokens: the last one has `[n or more, H]` hidden states, on every rank."""
         pipeline, tensor = self.mesh.pipeline, self.mesh.tensor
         self.tick()
         sharded = tensor.size if self.model.config.sequence_parallel else 1
@@ -240,12 +243,14 @@ class Decoder:
         if padding:  # sequence parallelism cuts rows evenly
             tokens, positions = (torch.nn.functional.pad(x, (0, padding)) for x in (tokens, positions))
         self._rows = make_rows(*self.model.rope(positions))
-        if not pipeline.first:
-            shape = (len(tokens) // sharded, 1, self.model.config.hidden_size)
-            self.model.set_input_tensor(self.link.receive(shape, self.dtype))
-        hidden = self.model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=self._rows)
+        for part in self.model:
+            if not part.pre_process:
+                shape = (len(tokens) // sharded, 1, self.model.config.hidden_size)
+                part.set_input_tensor(self.link.receive(shape, self.dtype))
+            hidden = part(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=self._rows)
+            if not part.post_process:
+                self.link.send(hidden)
         if not pipeline.last:
-            self.link.send(hidden)
             return None
         return collectives.gather(hidden[:, 0], tensor.group).flatten(0, 1) if sharded > 1 else hidden[:, 0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -13,26 +13,39 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from grpo_mega.config import OptimizerConfig
-from grpo_mega.model.specs import TrunkModel
+from grpo_mega.model.specs import ModelParts
+from grpo_mega.parallel.mesh import Mesh
 
 
-def wrap_for_training(model: TrunkModel, *, distributed: bool = False) -> DistributedDataParallel:
-    """Contiguous gradient buffers in max(fp32, parameter dtype), summed over data-parallel ranks, divided once by R.
+def wrap_for_training(
+    model: ModelParts, mesh: Mesh, *, distributed: bool = False, overlap: bool = False
+) -> list[DistributedDataParallel]:
+    """Contiguous gradient buffers in max(fp32, parameter dtype) around each part of the model, summed over data- and
+    context-parallel ranks, divided once by R.
 
-    distributed: for the distributed optimizer, each data-parallel rank gets the sum of its part of the buffer alone.
+    distributed: for the distributed optimizer, each of those ranks gets the sum of its part of the buffer alone.
+    overlap: sums begin while the backward still runs; with `distributed`, an update's weights arrive while the next
+    forward runs (see `settle`).
     """
     in_fp32 = model.config.params_dtype.itemsize < 8  # megatron would keep fp64 gradients in fp32, too
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=in_fp32, overlap_grad_reduce=False, use_distributed_optimizer=distributed
+        grad_reduce_in_fp32=in_fp32,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed,
+        use_distributed_optimizer=distributed,
     )
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=config, module=model)
-    model.config.no_sync_func = wrapped.no_sync
+    wrapped = [
+        DistributedDataParallel(config=model.config, ddp_config=config, module=part, pg_collection=mesh.groups)
+        for part in model
+    ]
+    no_syncs = [part.no_sync for part in wrapped]
+    model.config.no_sync_func = no_syncs if mesh.virtual > 1 else no_syncs[0]
     model.config.finalize_model_grads_func = finalize_model_grads
     return wrapped
 
 
 def build_optimizer(
-    model: DistributedDataParallel, settings: OptimizerConfig, num_steps: int
+    model: Sequence[DistributedDataParallel], settings: OptimizerConfig, num_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW with clipping by the global norm, and its schedule.
 
@@ -41,6 +54,7 @@ def build_optimizer(
     norms and biases alone. `scheduler.step(1)` is called once before the updates of each training step, so step s (from
     0) warms up with lr * (s + 1) / warmup_steps and no step runs at a learning rate of 0.
     """
+    wrapped = model[0]
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -50,11 +64,12 @@ def build_optimizer(
         adam_beta2=settings.beta2,
         adam_eps=settings.eps,
         clip_grad=settings.clip_grad,
-        params_dtype=model.module.config.params_dtype,
-        bf16=model.module.config.params_dtype == torch.bfloat16,
+        params_dtype=wrapped.config.params_dtype,
+        bf16=wrapped.config.params_dtype == torch.bfloat16,
         use_distributed_optimizer=settings.distributed,
+        overlap_param_gather=wrapped.ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, [model], config_overrides=get_standard_config_overrides(config))
+    optimizer = get_megatron_optimizer(config, list(model), config_overrides=get_standard_config_overrides(config))
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.AdamW):  # neither Transformer Engine's nor apex's
             for group in part.optimizer.param_groups:
@@ -78,6 +93,16 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def settle(model: Sequence[DistributedDataParallel]) -> None:
+    """Wait for the weights of the last update, where they are gathered late: before anything but a forward reads them.
+
+    Every rank must call.
+    """
+    for part in model:
+        if part.ddp_config.overlap_param_gather:
+            part.start_param_sync(force_sync=True)
 
 
 @torch.no_grad()

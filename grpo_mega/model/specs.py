@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -59,6 +61,29 @@ class TrunkModel(GPTModel):
         for hook in owner._forward_pre_hooks.values():
             hook(owner, ())
         return owner.weight
+
+
+class ModelParts(nn.ModuleList):
+    """This rank's stages of the model in model order: one, or one for each of its virtual pipeline stages."""
+
+    def __init__(self, parts: Iterable[TrunkModel]):
+        super().__init__(parts)
+
+    def __iter__(self) -> Iterator[TrunkModel]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self[0].config
+
+    @property
+    def rope(self) -> Rope:
+        return next(iter(self)).rope
+
+    def output_weight(self) -> Tensor:
+        """See `TrunkModel.output_weight`: the last part's."""
+        *_, last = self
+        return last.output_weight()
 
 
 def layer_spec() -> ModuleSpec:

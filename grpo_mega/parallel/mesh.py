@@ -39,10 +39,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """tensor x pipeline x data, megatron's order (tensor fastest).
+    """tensor x context x data x pipeline, megatron's order (tensor fastest).
 
-    `replica` spans the tensor and pipeline ranks that hold one copy of the model; `tokens` spans the same ranks as
+    `replica` spans the tensor and pipeline ranks that hold one copy of the model; context ranks hold copies that share
+    the rows of the same microbatches; data ranks have microbatches of their own. `tokens` spans the same ranks as
     `pipeline` through a communicator of its own, for the sampler's tokens that travel against the hidden states.
+    Each pipeline rank has `virtual` of the model's stages: see `stages`.
     """
 
     device: torch.device
@@ -50,9 +52,12 @@ class Mesh:
     world: Axis
     tensor: Axis
     pipeline: Axis
+    context: Axis
     data: Axis
     replica: Axis
     tokens: Axis
+    virtual: int
+    groups: Any = field(repr=False, compare=False)  # megatron's ProcessGroupCollection of this layout
     _megatron: Mapping[str, Any] = field(repr=False, compare=False)  # parallel_state's globals under this layout
 
     @property
@@ -62,8 +67,13 @@ class Mesh:
 
     @property
     def leads_replica(self) -> bool:
-        """The one rank of each model replica that scores and reports its completions."""
-        return self.replica.first
+        """The one rank of each data-parallel rank's replicas that scores and reports its completions."""
+        return self.replica.first and self.context.first
+
+    @property
+    def stages(self) -> range:
+        """Which of the model's stages this rank holds, in model order: rank, rank + pipeline, ..."""
+        return range(self.pipeline.rank, self.pipeline.size * self.virtual, self.pipeline.size)
 
     def share(self, count: int) -> list[int]:
         """Which of a step's `count` prompts, by place, belong to this data-parallel rank: every size-th, so that each
@@ -88,23 +98,32 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_world(world_size: int, tensor: int, pipeline: int, section: str = "parallel") -> None:
+def check_world(
+    world_size: int,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int = 1,
+    context: int = 1,
+    section: str = "parallel",
+) -> None:
     """Raise ConfigError unless the ranks divide into whole model replicas of the recipe section's layout."""
-    replica = tensor * pipeline
+    replica = tensor * pipeline * context
     if world_size % replica:
+        cut = f" x {section}.context={context}" if context > 1 else ""
         raise ConfigError(
             f"{world_size} ranks do not divide into replicas of {section}.tensor={tensor} x {section}.pipeline="
-            f"{pipeline} = {replica} ranks; start {replica} ranks or a multiple, or change the layout"
+            f"{pipeline}{cut} = {replica} ranks; start {replica} ranks or a multiple, or change the layout"
         )
 
 
-def initialize(tensor: int = 1, pipeline: int = 1, *, timeout_s: float = 1800.0) -> Mesh:
+def initialize(tensor: int = 1, pipeline: int = 1, *, timeout_s: float = 1800.0, **more: Any) -> Mesh:
     """Join the process group that the environment describes (torchrun's variables; none: a world of one) and cut it.
 
-    Every rank of the world must call this. Raises ConfigError, before any collective, if the world does not fit.
+    tensor, pipeline, more: `ParallelConfig.sizes`; an axis that is left out has length 1. Every rank of the world must
+    call this. Raises ConfigError, before any collective, if the world does not fit.
     """
     world_size = world_size_from_environment()
-    check_world(world_size, tensor, pipeline)
+    check_world(world_size, tensor, pipeline, **more)
     device = devices.prepare()
     if not dist.is_initialized():
         limit = timedelta(seconds=timeout_s)
@@ -113,38 +132,45 @@ def initialize(tensor: int = 1, pipeline: int = 1, *, timeout_s: float = 1800.0)
         else:
             store = dist.HashStore()
             dist.init_process_group(devices.backend(device), store=store, rank=0, world_size=1, timeout=limit)
-    mesh = _cut(tensor, pipeline, device)
+    mesh = _cut(device, tensor, pipeline, **more)
     _seed_megatron()
     return mesh
 
 
-def another_layout(mesh: Mesh, tensor: int, pipeline: int) -> Mesh:
+def another_layout(mesh: Mesh, **sizes: Any) -> Mesh:
     """The same ranks cut in another way, beside `mesh`, which stays the one that megatron sees (see `Mesh.active`).
 
-    Every rank must call. Raises ConfigError, before any collective, if the world does not divide.
+    sizes: as of `initialize`. Every rank must call. Raises ConfigError, before any collective, if the world does not
+    divide.
     """
-    check_world(mesh.world.size, tensor, pipeline)
+    check_world(mesh.world.size, **sizes)
     before = _globals()
     _set_globals({name: {} if isinstance(value, dict) else None for name, value in before.items()})
     try:
-        return _cut(tensor, pipeline, mesh.device)
+        return _cut(mesh.device, **sizes)
     finally:
         _set_globals(before)
 
 
-def _cut(tensor: int, pipeline: int, device: torch.device) -> Mesh:
+def _cut(device: torch.device, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1) -> Mesh:
     from megatron.core import parallel_state as mpu
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
-    mpu.initialize_model_parallel(tensor, pipeline)
+    mpu.initialize_model_parallel(
+        tensor, pipeline, virtual_pipeline if virtual_pipeline > 1 else None, context_parallel_size=context
+    )
     return Mesh(
         device=device,
         rank=dist.get_rank(),
         world=_axis(dist.group.WORLD),
         tensor=_axis(mpu.get_tensor_model_parallel_group()),
         pipeline=_axis(mpu.get_pipeline_model_parallel_group()),
+        context=_axis(mpu.get_context_parallel_group()),
         data=_axis(mpu.get_data_parallel_group()),
         replica=_axis(mpu.get_model_parallel_group()),
         tokens=_axis(_twin_of_pipeline()),
+        virtual=virtual_pipeline,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
         _megatron=_globals(),
     )
 

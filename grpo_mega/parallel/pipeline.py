@@ -13,6 +13,7 @@ from grpo_mega.parallel.mesh import Mesh
 
 class PipelineLink:
     """Ordered point-to-point hand-overs of one rank. Sends never block, so stages work on different row groups at once.
+    The last rank's next is the first, where virtual stages begin another round.
 
     Every stage must walk through the same row groups in the same order: messages carry no names.
     """
@@ -25,14 +26,14 @@ class PipelineLink:
         """The previous stage's hidden states."""
         buffer = torch.empty(shape, dtype=dtype, device=self.mesh.device)
         axis = self.mesh.pipeline
-        dist.recv(buffer, group=axis.group, group_src=axis.rank - 1)
+        dist.recv(buffer, group=axis.group, group_src=(axis.rank - 1) % axis.size)
         return buffer
 
     def send(self, tensor: Tensor) -> None:
         """Hand hidden states to the next stage."""
         axis = self.mesh.pipeline
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, group=axis.group, group_dst=axis.rank + 1)
+        work = dist.isend(tensor, group=axis.group, group_dst=(axis.rank + 1) % axis.size)
         self._sent = [(w, t) for w, t in self._sent if not w.is_completed()] + [(work, tensor)]
 
     def publish(self, drawn: Tensor) -> None:

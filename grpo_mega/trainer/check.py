@@ -12,15 +12,15 @@ from grpo_mega.parallel.mesh import check_world
 def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
     """What can be refused within a second: the model folder, the layout, the world. Raises ConfigError."""
     arch = read_architecture(recipe.model.path)
-    check_layout(arch, recipe.parallel.tensor, recipe.parallel.pipeline)
-    layers_per_stage(arch, recipe.parallel.pipeline, recipe.parallel.pipeline_layout)
-    check_world(world_size, recipe.parallel.tensor, recipe.parallel.pipeline)
+    check_layout(arch, recipe.parallel.tensor, recipe.parallel.stages)
+    layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout)
+    check_world(world_size, **recipe.parallel.sizes)
     sampling = sampling_layout(recipe)
-    check_layout(arch, sampling.tensor, sampling.pipeline, section="sampling")
-    check_world(world_size, sampling.tensor, sampling.pipeline, section="sampling")
+    check_layout(arch, sampling.tensor, sampling.stages, section="sampling")
+    check_world(world_size, **sampling.sizes, section="sampling")
     if recipe.grpo.kl_coef > 0 and recipe.reference.path is not None:
         other = read_architecture(recipe.reference.path)
-        check_layout(other, recipe.parallel.tensor, recipe.parallel.pipeline)
+        check_layout(other, recipe.parallel.tensor, recipe.parallel.stages)
         if other.vocab_size != arch.vocab_size:
             raise ConfigError(
                 f"reference.path={recipe.reference.path} has a vocabulary of {other.vocab_size}, the policy "
@@ -34,5 +34,7 @@ def sampling_layout(recipe: Recipe) -> ParallelConfig:
     training, own = recipe.parallel, recipe.sampling
     tensor, pipeline = own.tensor or training.tensor, own.pipeline or training.pipeline
     if (tensor, pipeline) == (training.tensor, training.pipeline):
-        return training
+        return training.model_copy(
+            update={"context": 1}
+        )  # its ranks hold whole models: they sample prompts of their own
     return ParallelConfig(tensor=tensor, pipeline=pipeline)

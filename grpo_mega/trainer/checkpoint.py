@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from grpo_mega.errors import CheckpointError
+from grpo_mega.model.specs import TrunkModel
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.trainer.policy import Policy
 from grpo_mega.trainer.records import raise_together, unwritable, write_together, writing
@@ -120,7 +121,8 @@ def load(checkpoint: Path, policy: Policy) -> dict[str, Any]:
         state = json.loads((checkpoint / "trainer.json").read_text())
         scheduler = state.pop("scheduler")
         loaded = dist_checkpointing.load(_sharded(policy, loading=True), str(checkpoint))
-        policy.model.load_state_dict(loaded["model"])
+        for name, part in _parts(policy):
+            part.load_state_dict(loaded[name])
         policy.optimizer.load_state_dict(loaded["optimizer"])
         policy.scheduler.load_state_dict(scheduler)
     except (Exception, CheckpointException) as error:  # damage raises whatever its reader does; torch's is no Exception
@@ -135,8 +137,16 @@ def load(checkpoint: Path, policy: Policy) -> dict[str, Any]:
 
 def _sharded(policy: Policy, *, loading: bool) -> dict[str, Any]:
     metadata = dict(_METADATA)  # megatron writes this mesh's data-parallel group into it
-    model = policy.model.sharded_state_dict(metadata=metadata)
+    model = {name: part.sharded_state_dict(metadata=metadata) for name, part in _parts(policy)}
     return {
-        "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        **model,
+        "optimizer": policy.optimizer.sharded_state_dict(
+            model if len(model) > 1 else model["model"], is_loading=loading, metadata=metadata
+        ),
     }
+
+
+def _parts(policy: Policy) -> list[tuple[str, TrunkModel]]:
+    """The model's parts under the names that megatron gives them: tensors are known by their layer, not by these."""
+    parts = list(policy.model)
+    return [("model" if len(parts) == 1 else f"model{n}", part) for n, part in enumerate(parts)]

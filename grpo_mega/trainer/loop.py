@@ -63,7 +63,9 @@ def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Co
         groups = score_groups(
             prompts, completions, reward, truncated=rule.truncated, truncation_reward=rule.truncation_reward
         )
-    return collectives.broadcast_object(groups, run.mesh.replica.group)
+    return collectives.broadcast_object(
+        collectives.broadcast_object(groups, run.mesh.replica.group), run.mesh.context.group
+    )
 
 
 def logprobs_of(run: Run, batches: Sequence[Microbatch], *, on_policy: bool) -> list[Microbatch]:

@@ -19,7 +19,7 @@ from grpo_mega.trainer.setup import Inputs, Run, build_run, read_inputs
 def train(recipe: Recipe) -> None:
     """Train as the recipe says. Every rank calls; raises GrpoMegaError for what a user can put right."""
     inputs = read_inputs(recipe, mesh.world_size_from_environment())
-    grid = mesh.initialize(recipe.parallel.tensor, recipe.parallel.pipeline)
+    grid = mesh.initialize(**recipe.parallel.sizes)
     progress = progress_on(speaks=grid.is_writer)
     progress.watch()
     with closing(progress), closing(inputs.directory):
@@ -49,17 +49,16 @@ def _train(recipe: Recipe, inputs: Inputs, grid: mesh.Mesh, progress: Progress) 
 
 
 def export(run: Run) -> None:
-    """Write the policy as a Hugging Face folder, from the first replica's ranks."""
+    """Write the policy as a Hugging Face folder. Every rank must call."""
     inputs, failure, tick = run.inputs, None, run.progress.tick
     with run.progress.task(f"writing {inputs.directory.hf}"):
-        if run.mesh.data.first:
-            try:
-                bridge.export(run.policy.model, inputs.arch, run.mesh, inputs.layers, inputs.directory.hf, tick)
-                if run.mesh.is_writer:
-                    with writing(inputs.directory.hf):
-                        export_tokenizer(inputs.directory.hf, run.recipe.model.tokenizer, run.recipe.data.chat_template)
-            except RunDirectoryError as error:
-                failure = error
+        try:
+            bridge.export(run.policy.settled(), inputs.arch, run.mesh, inputs.layers, inputs.directory.hf, tick)
+            if run.mesh.is_writer:
+                with writing(inputs.directory.hf):
+                    export_tokenizer(inputs.directory.hf, run.recipe.model.tokenizer, run.recipe.data.chat_template)
+        except RunDirectoryError as error:
+            failure = error
         raise_together(run.mesh, failure)
 
 
@@ -83,7 +82,10 @@ def resume(run: Run) -> int:
 
 def describe(recipe: Recipe, grid: mesh.Mesh, layers: tuple[int, ...]) -> str:
     stages = f" (layers {'+'.join(map(str, layers))})" if len(layers) > 1 else ""
+    virtual = f" x virtual {grid.virtual}" if grid.virtual > 1 else ""
+    context = f" x context {grid.context.size}" if grid.context.size > 1 else ""
     return (
         f"grpo_mega: {recipe.model.path} on {grid.world.size} ranks: tensor {grid.tensor.size} x pipeline "
-        f"{grid.pipeline.size}{stages} x data {grid.data.size}, {grid.device.type} {recipe.precision.dtype}"
+        f"{grid.pipeline.size}{virtual}{stages}{context} x data {grid.data.size}, {grid.device.type} "
+        f"{recipe.precision.dtype}"
     )

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor, nn
 
 from grpo_mega.config import OptimizerConfig
 from grpo_mega.errors import GrpoMegaError
-from grpo_mega.model.attention import PackedRows
-from grpo_mega.model.optimizer import build_optimizer, wrap_for_training
-from grpo_mega.model.specs import TrunkModel
+from grpo_mega.model.attention import PackedRows, Rows
+from grpo_mega.model.context import ContextRows, in_rows, places_of
+from grpo_mega.model.optimizer import build_optimizer, settle, wrap_for_training
+from grpo_mega.model.specs import ModelParts
 from grpo_mega.parallel import vocab
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.types import Mean, Metrics, Microbatch, TokenBatch, add_metrics
@@ -38,11 +40,11 @@ def _silent() -> None: ...
 class Scorer:
     """A model's log-probs of given tokens; without gradients this is all that a reference needs."""
 
-    def __init__(self, model: TrunkModel, vocab_size: int, mesh: Mesh, temperature: float):
+    def __init__(self, model: ModelParts, vocab_size: int, mesh: Mesh, temperature: float):
         self.model, self.vocab_size, self.mesh, self.temperature = model, vocab_size, mesh, temperature
         # of log-probs and of what the objective multiplies them with: bf16 would round a loss weight by 0.4 %
         self.dtype = torch.promote_types(model.config.params_dtype, torch.float32)
-        self._entry: nn.Module = model  # what megatron's schedule calls
+        self._entry: Sequence[nn.Module] = list(model)  # what megatron's schedule calls
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Microbatch], tick: Tick = _silent) -> list[Tensor | None]:
@@ -57,30 +59,46 @@ class Scorer:
             return torch.zeros_like(batch.loss_weights, dtype=values.dtype).index_copy(0, rows, values)
 
         found = self._run(batches, collect, tick, forward_only=True)
-        return found if self.mesh.pipeline.last else [None] * len(batches)
+        if not self.mesh.pipeline.last:
+            return [None] * len(batches)
+        return [in_rows(values, self.mesh.context) for values in found]
 
     def _run(self, batches: Sequence[Microbatch], on_hidden: Callable, tick: Tick, *, forward_only: bool) -> list:
         """All microbatches through megatron's schedule (1F1B under pipeline parallelism); a tick for each forward."""
 
         def forward(iterator: Iterator[Microbatch], model: nn.Module):
             tick()
-            batch = next(iterator)
-            cos, sin = self.model.rope(batch.position_ids)
-            rows = PackedRows(cos, sin, tuple(batch.cu_seqlens.diff().tolist()), batch.prefixes)
+            batch, rows = self._mine(next(iterator))
             hidden = model(batch.input_ids[None], batch.position_ids[None], None, packed_seq_params=rows)
             return hidden, partial(on_hidden, batch)
 
         self.model.train(not forward_only)
-        return get_forward_backward_func()(
+        mesh, interleaved = self.mesh, self.mesh.virtual > 1
+        p2p = P2PCommunicator(mesh.pipeline.group, self.model.config) if mesh.pipeline.size > 1 else None
+        schedule = get_forward_backward_func(mesh.pipeline.size, mesh.virtual if interleaved else None)
+        return schedule(
             forward_step_func=forward,
-            data_iterator=iter(batches),
-            model=self._entry,
+            data_iterator=[iter(batches) for _ in self._entry] if interleaved else iter(batches),
+            model=list(self._entry) if interleaved else self._entry[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].rows,
+            seq_length=batches[0].rows,  # megatron divides by the context ranks, and by the tensor ranks where it must
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
+            pg_collection=mesh.groups,
+            p2p_communicator=p2p,
         )
+
+    def _mine(self, batch: Microbatch) -> tuple[Microbatch, Rows]:
+        """The rows of a microbatch that this context rank holds, and who among all of them may see which."""
+        context = self.mesh.context
+        if context.size > 1:
+            batch = batch.part(places_of(batch.rows, context).to(batch.input_ids.device))
+        cos, sin = self.model.rope(batch.position_ids)
+        segments = tuple(batch.cu_seqlens.diff().tolist()), batch.prefixes
+        if context.size > 1:
+            return batch, ContextRows(cos, sin, *segments, context)
+        return batch, PackedRows(cos, sin, *segments)
 
     def _head(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> dict[str, Any]:
         """What the vocab-parallel operators are given.  hidden [T or T / tp, 1, H]; rows [n]: the trained ones."""
@@ -102,16 +120,23 @@ class Policy(Scorer):
 
     def __init__(
         self,
-        model: TrunkModel,
+        model: ModelParts,
         vocab_size: int,
         mesh: Mesh,
         temperature: float,
         settings: OptimizerConfig,
         num_steps: int,
+        *,
+        overlap: bool = False,
     ):
         super().__init__(model, vocab_size, mesh, temperature)
-        self._buffers = self._entry = wrap_for_training(model, distributed=settings.distributed)
+        self._buffers = self._entry = wrap_for_training(model, mesh, distributed=settings.distributed, overlap=overlap)
         self.optimizer, self.scheduler = build_optimizer(self._buffers, settings, num_steps)
+
+    def settled(self) -> ModelParts:
+        """The model, once every weight of the last update has arrived; every rank must call."""
+        settle(self._buffers)
+        return self.model
 
     def begin_step(self) -> None:
         """Move the learning rate on."""
@@ -139,7 +164,8 @@ class Policy(Scorer):
             placeholder = vocab.one_sweep_loss(**head, objective=of_chunk, report=report)
             return placeholder, torch.tensor(batch.rows, dtype=torch.int, device=placeholder.device), metrics
 
-        self._buffers.zero_grad_buffer()
+        for part in self._buffers:
+            part.zero_grad_buffer()
         self.optimizer.zero_grad()
         return add_metrics(*self._run(batches, loss, tick, forward_only=False))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +21,7 @@ from grpo_mega.model.copy import WeightCopy
 from grpo_mega.model.decode import Decoder
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.model.optimizer import start_main_weights
-from grpo_mega.model.specs import TrunkModel
+from grpo_mega.model.specs import ModelParts
 from grpo_mega.objective.grpo import grpo_loss
 from grpo_mega.parallel.mesh import Mesh, another_layout
 from grpo_mega.parallel.truncation import Truncation
@@ -89,7 +88,7 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         data=counts,
         reward=reward,
         directory=directory,
-        layers=layers_per_stage(arch, recipe.parallel.pipeline, recipe.parallel.pipeline_layout),
+        layers=layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout),
     )
 
 
@@ -101,7 +100,9 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
     build = partial(build_model, mesh=mesh, parallel=recipe.parallel, tick=progress.tick)
     model = build(inputs.arch, dtype=dtype, recompute=recipe.model.recompute)
     vocab_size = inputs.arch.vocab_size
-    policy = Policy(model, vocab_size, mesh, temperature, recipe.optimizer, recipe.run.num_steps)
+    policy = Policy(
+        model, vocab_size, mesh, temperature, recipe.optimizer, recipe.run.num_steps, overlap=recipe.parallel.overlap
+    )
     if dtype == torch.bfloat16:
         fine = bridge.tensors(model, inputs.arch, bridge.Place.of(mesh, inputs.layers), torch.float32)
         start_main_weights(policy.optimizer, fine)
@@ -110,24 +111,33 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         frozen = build(read_architecture(recipe.reference_path), dtype=reference_dtype, trainable=False)
         reference = Scorer(frozen, vocab_size, mesh, temperature)
 
-    sampler = build_sampler(recipe, inputs, mesh, model, progress)
+    sampler = build_sampler(recipe, inputs, mesh, policy, progress)
     return Run(recipe, inputs, mesh, policy, reference, sampler, objective_of(recipe), progress)
 
 
-def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, model: TrunkModel, progress: Progress) -> Sampler:
-    """A sampler on the training weights, or on a copy where sampling has a layout or a dtype of its own."""
+def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, progress: Progress) -> Sampler:
+    """A sampler on the training weights, or on a copy where sampling has a layout or a dtype of its own.
+
+    Context ranks, which share rows in training, are data ranks in sampling: every rank has the same weights as before.
+    """
     rule, current = recipe.sampling, mesh
     layout = sampling_layout(recipe)
     dtype = recipe.precision.sampling or recipe.precision.dtype
-    weights: Callable[[], TrunkModel] = model.eval
-    if (layout.tensor, layout.pipeline, dtype) != (mesh.tensor.size, mesh.pipeline.size, recipe.precision.dtype):
-        current = another_layout(mesh, layout.tensor, layout.pipeline)
-        stages = layers_per_stage(inputs.arch, layout.pipeline, layout.pipeline_layout)
+    if layout.sizes != recipe.parallel.sizes:
+        current = another_layout(mesh, **layout.sizes)
+    copy = None
+    if layout != recipe.parallel.model_copy(update={"context": 1}) or dtype != recipe.precision.dtype:
+        stages = layers_per_stage(inputs.arch, layout.stages, layout.pipeline_layout)
         with current.active():
             target = build_model(
                 inputs.arch, current, layout, dtype=DTYPES[dtype], trainable=False, loaded=False
             ).eval()
-        weights = WeightCopy(inputs.arch, (model, mesh, inputs.layers), (target, current, stages)).refresh
+        copy = WeightCopy(inputs.arch, (policy.model, mesh, inputs.layers), (target, current, stages))
+
+    def weights() -> ModelParts:
+        model = policy.settled()
+        return model.eval() if copy is None else copy.refresh()
+
     truncation = Truncation.of(rule.top_k, rule.top_p)
 
     def decoder() -> Decoder:

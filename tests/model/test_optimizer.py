@@ -23,11 +23,12 @@ def one_update(folder):
     arch = read_architecture(folder)
     settings = OptimizerConfig(lr=LR, weight_decay=DECAY, beta1=BETA1, beta2=BETA2, eps=EPS, clip_grad=CLIP)
     model = build_model(arch, grid, ParallelConfig())
-    wrapped = wrap_for_training(model)
+    wrapped = wrap_for_training(model, grid)
     optimizer, scheduler = build_optimizer(wrapped, settings, num_steps=10)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     torch.manual_seed(1)
-    wrapped.zero_grad_buffer()
+    for part in wrapped:
+        part.zero_grad_buffer()
     gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.main_grad.copy_(gradients[name])

@@ -36,14 +36,17 @@ class Layout:
     sequence: bool = False
     recompute: str = "none"
     stages: tuple[int, ...] | None = None
+    virtual: int = 1
+    context: int = 1
+    overlap: bool = False
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
     def __str__(self) -> str:
-        axes = f"{self.model}-tp{self.tensor}-pp{self.pipeline}-dp{self.data}"
-        return axes + "-sequence" * self.sequence + "-recompute" * (self.recompute == "full")
+        axes = f"{self.model}-tp{self.tensor}-pp{self.pipeline}x{self.virtual}-cp{self.context}-dp{self.data}"
+        return axes + "-sequence" * self.sequence + f"-{self.recompute}" + "-overlap" * self.overlap
 
 
 LAYOUTS = (
@@ -65,6 +68,17 @@ LAYOUTS = (
     Layout("untied", tensor=2, pipeline=2, sequence=True),
     Layout("tied", pipeline=2, data=2, recompute="full"),
     Layout("few", tensor=2, data=2),
+    Layout("untied", recompute="selective"),
+    Layout("tied", data=2, overlap=True),
+    Layout("tied", context=2),
+    Layout("untied", context=2, recompute="selective"),
+    Layout("tied", pipeline=2, virtual=2),
+    Layout("untied", pipeline=2, virtual=2, stages=(1, 2, 1, 1), recompute="full"),
+    Layout("few", context=4),
+    Layout("tied", tensor=2, context=2, sequence=True),
+    Layout("untied", pipeline=2, context=2, recompute="full"),
+    Layout("tied", pipeline=2, virtual=2, context=2, overlap=True),
+    Layout("untied", tensor=2, pipeline=2, virtual=2, sequence=True),
 )
 
 
@@ -113,13 +127,14 @@ def answer(folder, layout, dtype):
     from grpo_mega.trainer.policy import Policy
 
     parallel_state.destroy_model_parallel()  # of the layout before
-    mesh = initialize(layout.tensor, layout.pipeline)
     parallel = ParallelConfig(
-        tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.sequence, pipeline_layout=layout.stages
-    )
+        tensor=layout.tensor, pipeline=layout.pipeline, virtual_pipeline=layout.virtual, context=layout.context,
+        sequence=layout.sequence, pipeline_layout=layout.stages,
+    )  # fmt: skip
+    mesh = initialize(**parallel.sizes)
     arch = read_architecture(folder)
     model = build_model(arch, mesh, parallel, dtype=dtype, recompute=layout.recompute)
-    policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, OptimizerConfig(), num_steps=1)
+    policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, OptimizerConfig(), num_steps=1, overlap=layout.overlap)
 
     s = samples()
     batches = [
@@ -130,7 +145,7 @@ def answer(folder, layout, dtype):
     policy.gradients(mine, objective)  # twice: the buffers must be emptied in between
     metrics = policy.gradients(mine, objective)
     trained = [lp[b.loss_weights != 0].double() for lp, b in zip(logprobs, mine, strict=True) if lp is not None]
-    place = Place.of(mesh, layers_per_stage(arch, layout.pipeline, layout.stages))
+    place = Place.of(mesh, layers_per_stage(arch, parallel.stages, layout.stages))
     loss = (float(metrics["loss"].total), metrics["loss"].count) if mesh.pipeline.last else None
     return {"data": mesh.data.rank, "logprobs": trained, "loss": loss, "gradients": hugging_face(model, arch, place)}
 
@@ -222,10 +237,10 @@ def check(by_rank, layout, reference, tolerance):
     for rank in by_rank:
         for found, wanted in zip(rank["logprobs"], logprobs[rank["data"] :: layout.data], strict=False):
             assert (found - wanted).abs().max() <= tolerance * 10, f"{layout}: log-probs"
-    last = [rank for rank in by_rank if rank["loss"]][:: layout.tensor]
+    last = [rank for rank in by_rank if rank["loss"]][:: layout.tensor]  # context ranks have a part of it each
     assert sum(rank["loss"][1] for rank in last) == 2 * ROWS
     assert sum(rank["loss"][0] for rank in last) / (2 * ROWS) == pytest.approx(loss, rel=10 * tolerance), layout
-    assert sum(len(rank["logprobs"]) for rank in last) == 2
+    assert sum(len(rank["logprobs"]) for rank in last) == 2 * layout.context
     for name, found in whole(by_rank, gradients).items():
         wanted = gradients[name]
         assert wanted.abs().max() > 1e-3, f"{name}: nothing to compare"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import pytest
 import ranks as pool
@@ -30,12 +31,15 @@ TEMPERATURE, LIMIT, CLIP_LOW, CLIP_HIGH = 0.7, 6, 0.2, 0.3
 CASES = list(  # normalization, kl_coef, (minibatches, tokens_per_microbatch)
     itertools.product(("sequence", "group_token", "token", "constant"), (0.0, 0.1), ((1, 1000), (2, 16)))
 )
-LAYOUTS = {  # tensor, pipeline, sequence parallel, positions of each data-parallel rank
-    "one process": (1, 1, False, [[0, 1, 2, 3]]),
-    "data 2": (1, 1, False, [[0, 1, 2], [3]]),  # of the first two groups, a minibatch, the second rank has none
-    "pipeline 2": (1, 2, False, [[0, 1, 2, 3]]),
-    "tensor 2": (2, 1, False, [[0, 1, 2, 3]]),
-    "tensor 2 sequence": (2, 1, True, [[0, 1, 2, 3]]),
+ALL = [[0, 1, 2, 3]]
+LAYOUTS = {  # keys of `parallel`, positions of each data-parallel rank
+    "one process": ({}, ALL),
+    "data 2": ({}, [[0, 1, 2], [3]]),  # of the first two groups, a minibatch, the second rank has none
+    "pipeline 2": ({"pipeline": 2}, ALL),
+    "interleaved": ({"pipeline": 2, "virtual_pipeline": 2}, ALL),
+    "tensor 2": ({"tensor": 2}, ALL),
+    "tensor 2 sequence": ({"tensor": 2, "sequence": True}, ALL),
+    "context 2": ({"context": 2}, ALL),
 }
 
 
@@ -132,11 +136,11 @@ def dense(folder, trainable):
 # ---- what the ranks do
 
 
-def recipe_of(folder, tensor, pipeline, sequence, *, normalization="sequence", kl_coef=0.0, cut=(1, 1000), clip=None):
+def recipe_of(folder, parallel, *, normalization="sequence", kl_coef=0.0, cut=(1, 1000), clip=None):
     return validate_recipe(
         {
             "model": {"path": str(folder)},
-            "parallel": {"tensor": tensor, "pipeline": pipeline, "sequence": sequence},
+            "parallel": parallel,
             "data": {"jsonl": "unused"},
             "sampling": {"temperature": TEMPERATURE, "max_completion_tokens": LIMIT},
             "grpo": {
@@ -156,13 +160,12 @@ class Bench:
     """A policy, an old policy and a reference on this rank's mesh."""
 
     def __init__(self, folders, layout, dtype):
-        self.folder, (tensor, pipeline, sequence, positions) = folders[0], layout
-        self.layout = (tensor, pipeline, sequence)
-        self.mesh = mesh.initialize(tensor, pipeline)
+        self.folder, (self.layout, positions) = folders[0], layout
+        recipe = recipe_of(folders[0], self.layout)
+        self.mesh = mesh.initialize(**recipe.parallel.sizes)
         self.positions = positions[self.mesh.data.rank]
         self.arch = read_architecture(folders[0])
-        self.layers = layers_per_stage(self.arch, pipeline)
-        recipe = recipe_of(folders[0], *self.layout)
+        self.layers = layers_per_stage(self.arch, recipe.parallel.stages)
         settings = {"mesh": self.mesh, "parallel": recipe.parallel, "dtype": dtype}
         models = [
             build_model(read_architecture(folder), trainable=folder is folders[0], **settings) for folder in folders
@@ -192,7 +195,7 @@ def all_cases(folders, layout, scratch):
     bench = Bench(folders, layout, torch.float64)
     results = []
     for normalization, kl_coef, cut in CASES:
-        recipe = recipe_of(folders[0], *bench.layout, normalization=normalization, kl_coef=kl_coef, cut=cut)
+        recipe = recipe_of(folders[0], bench.layout, normalization=normalization, kl_coef=kl_coef, cut=cut)
         parts = []
         for batches in bench.batches(recipe):
             metrics = bench.total(bench.policy.gradients(batches, objective_of(recipe)))
@@ -204,7 +207,7 @@ def all_cases(folders, layout, scratch):
 def first_updates(folders, layout, scratch, dtype=torch.float32):
     """Metrics of two updates on one batch, old log-probs from a forward of their own; the first gradient."""
     bench = Bench(folders, layout, dtype)
-    recipe = recipe_of(folders[0], *bench.layout, kl_coef=0.1, cut=(1, 24), clip=1e-6)
+    recipe = recipe_of(folders[0], bench.layout, kl_coef=0.1, cut=(1, 24), clip=1e-6)
     (batches,) = bench.batches(recipe, old=bench.policy)
     for batch in batches:
         assert {t.dtype for t in (batch.loss_weights, batch.advantages, batch.ref_logprobs) if t is not None} == {
@@ -220,8 +223,8 @@ def first_updates(folders, layout, scratch, dtype=torch.float32):
 
 
 def world_size(name):
-    tensor, pipeline, _, positions = LAYOUTS[name]
-    return tensor * pipeline * len(positions)
+    parallel, positions = LAYOUTS[name]
+    return math.prod(parallel.get(axis, 1) for axis in ("tensor", "pipeline", "context")) * len(positions)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +233,7 @@ def folders(tmp_path_factory):
     base = tmp_path_factory.mktemp("invariance")
     result = [
         tiny.make_model(
-            base / name, num_hidden_layers=3, hidden_size=16, intermediate_size=32, num_attention_heads=4,
+            base / name, num_hidden_layers=4, hidden_size=16, intermediate_size=32, num_attention_heads=4,
             num_key_value_heads=2, tied=True,
         )
         for name in ("policy", "old", "reference")

@@ -1,0 +1,109 @@
+"""Attention where the rows of packed sequences are divided over context-parallel ranks.
+
+Each rank computes the queries of its rows; keys and values of all rows come by one all-gather a layer, and their
+gradients go back by one reduce-scatter (as Llama 3 was trained, arXiv:2407.21783, section 3.3.2: with grouped queries
+there is little to gather, and any packing is exact).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from grpo_mega.parallel import collectives
+from grpo_mega.parallel.mesh import Axis
+
+BLOCK = 1024  # queries that share one mask, which is then of at most BLOCK x keys
+
+
+def places_of(rows: int, axis: Axis) -> Tensor:
+    """`[rows / size]` ascending: which rows of a microbatch this context rank holds.
+
+    Of 2 x size equal runs rank r has r and 2 size - 1 - r, one from either end, so that a long sequence costs every
+    rank the same. Raises ValueError unless 2 x size divides the rows.
+    """
+    if axis.size == 1:
+        return torch.arange(rows)
+    if rows % (2 * axis.size):
+        raise ValueError(f"{rows} rows do not divide into 2 runs for each of {axis.size} context ranks")
+    runs = torch.arange(rows).view(2 * axis.size, -1)
+    return torch.cat((runs[axis.rank], runs[2 * axis.size - 1 - axis.rank]))
+
+
+def in_rows(mine: Tensor, axis: Axis) -> Tensor:
+    """What every context rank has for its rows, in the microbatch's order: [T / size, ...] -> [T, ...]."""
+    return (
+        mine
+        if axis.size == 1
+        else _Gathered.apply(mine, _order(len(mine) * axis.size, axis).to(mine.device), axis.group)
+    )
+
+
+def _order(rows: int, axis: Axis) -> Tensor:
+    """Which row of the microbatch each row is when the ranks' rows stand one after the other."""
+    return torch.cat([places_of(rows, Axis(None, rank, axis.size)) for rank in range(axis.size)])
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows of every context rank in the microbatch's order: [T / size, ...] -> [T, ...]."""
+
+    @staticmethod
+    def forward(ctx, mine: Tensor, order: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.order, ctx.group = order, group
+        everyone = collectives.gather(mine, group).flatten(0, 1)
+        return torch.empty_like(everyone).index_copy_(0, order, everyone)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        return collectives.reduce_scatter(gradients[0][ctx.order], ctx.group), None, None
+
+
+@dataclass(frozen=True)
+class ContextRows:
+    """`PackedRows` of which this rank holds the rows `places_of` says; lengths and prefixes are the whole's."""
+
+    cos: Tensor  # of this rank's rows, [T / size, 1, head_dim]
+    sin: Tensor
+    lengths: tuple[int, ...]
+    prefixes: tuple[int, ...]
+    axis: Axis
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [T / size, heads, d], key and value [T / size, kv_heads, d] -> [T / size, heads, d]."""
+        both, size = in_rows(torch.cat((key, value), dim=1), self.axis), self.axis.size
+        keys, values = both.split(key.shape[1], dim=1)
+        half, done = len(query) // 2, []
+        for run, mine in zip((self.axis.rank, 2 * size - 1 - self.axis.rank), query.split(half), strict=True):
+            begin = run * half
+            for queries, shared, own in self._pieces(begin, begin + half):
+                q = mine[queries.start - begin : queries.stop - begin]
+                k, v = (x[own] if shared is None else torch.cat((x[shared], x[own])) for x in (keys, values))
+                done.append(_ends_at_own_row(q, k, v))
+            used = min(max(sum(self.lengths) - begin, 0), half)
+            done.append(mine[used:] * 0)
+        # a rank whose rows are all padding still owes its part of the gradients' sum
+        return torch.cat(done) + both.sum() * 0
+
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[slice, slice | None, slice]]:
+        """Within rows begin..end: runs of one segment's queries, the prefix that they see, their segment up to them."""
+        ends = list(accumulate(self.lengths))
+        segments = [slice(stop - length, stop) for stop, length in zip(ends, self.lengths, strict=True)]
+        for number, segment in enumerate(segments):
+            prefix = self.prefixes[number] if self.prefixes else -1
+            low, high = max(begin, segment.start), min(end, segment.stop)
+            for start in range(low, high, BLOCK):
+                stop = min(start + BLOCK, high)
+                yield slice(start, stop), segments[prefix] if prefix >= 0 else None, slice(segment.start, stop)
+
+
+def _ends_at_own_row(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V, [L, heads, d]: the last query sees every key, the one before it all but one, ..."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
