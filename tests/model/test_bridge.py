@@ -101,7 +101,7 @@ def export_and_run(folders, cuts, destination, shard_bytes):
             positions = torch.arange(len(TOKENS))
             rows = PackedRows(*model.rope(positions), (len(TOKENS),))
             with torch.no_grad():
-                hidden = model(torch.tensor([TOKENS]), positions[None], None, packed_seq_params=rows)
+                hidden = model[0](torch.tensor([TOKENS]), positions[None], None, packed_seq_params=rows)
                 logits.append(hidden[:, 0] @ model.output_weight()[: arch.vocab_size].t())
     return logits
 
