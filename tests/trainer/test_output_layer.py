@@ -41,10 +41,8 @@ class Arrangement:
 
     @property
     def plain(self) -> Arrangement:
-        """With plain autograd's gradients. At its own scale: megatron 0.16.1's interleaved schedule does not scale all
-        of them alike, with any loss; the recipes set no scale.
-        """
-        return Arrangement(self.tied, self.pipeline, self.interleaved, scale=self.scale if self.interleaved else 1.0)
+        """With plain autograd's gradients."""
+        return Arrangement(self.tied, self.pipeline, self.interleaved)
 
     def __str__(self) -> str:
         words = ("tied" if self.tied else "untied", f"pp{self.pipeline}", "interleaved" * self.interleaved,
@@ -80,6 +78,7 @@ def chunks_of(folder, arrangement, grid):
         if arrangement.interleaved:
             config.virtual_pipeline_model_parallel_size = 2
             config.microbatch_group_size_per_vp_stage = arrangement.pipeline
+            config.overlap_p2p_comm, config.batch_p2p_comm = True, False
         stage = chunk * arrangement.pipeline + grid.pipeline.rank
         model = TrunkModel(
             config=config,
