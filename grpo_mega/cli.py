@@ -46,10 +46,31 @@ def run(arguments: Sequence[str]) -> int:
         description="Print a run's settings, learning curve, cost and last completions, also while it goes on.",
     )
     report.add_argument("directory", help="run.directory of the run's recipe")
+    check = commands.add_parser(
+        "selftest",
+        help="check on this machine that no parallel layout changes a result",
+        description="Train a small model under many parallel layouts and compare each with one process: log-probs, "
+        "loss, gradients, parameters after some steps, sampled tokens. Starts its own ranks, or uses a launcher's.",
+    )
+    check.add_argument("--layouts", nargs="+", metavar="NAME", help='such as "tp2-pp2-vpp2" or "moe-dp2-ep2"')
+    check.add_argument("--world-size", type=int, metavar="N", help="only layouts of N ranks (default: 1, 2 and 4)")
+    check.add_argument("--all", action="store_true", help="the whole table, of up to 8 ranks")
+    check.add_argument("--dtype", choices=("fp32", "fp64"), default="fp32")
+    check.add_argument("--json", action="store_true", help="rows as JSON on stdout")
     options, overrides = parser.parse_known_args(arguments)
-    if options.command == "report" and overrides:
-        report.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if options.command != "train" and overrides:
+        {"report": report, "selftest": check}[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
+        if options.command == "selftest":
+            from grpo_mega.selftest.main import selftest
+
+            return selftest(
+                options.layouts,
+                world_size=options.world_size,
+                everything=options.all,
+                dtype=options.dtype,
+                as_json=options.json,
+            )
         if options.command == "report":
             return _report(options.directory)
         return _train(options.recipe, overrides, options.ranks, arguments)

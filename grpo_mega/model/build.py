@@ -47,7 +47,7 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         pipeline_model_parallel_layout=stages if parallel.pipeline > 1 else None,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        # a ring of two stages has forward and backward between the same ranks: sent in one batch they are taken for each
+        # a ring of two ranks has forward and backward between the same two: sent in one batch they are taken for each
         # other (p2p_communication.py; Megatron-LM's arguments.py refuses it, megatron-core does not look)
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from grpo_mega.config import OptimizerConfig
 from grpo_mega.model.specs import ModelParts
+from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
 
 
@@ -93,6 +94,18 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def gather_gradients(model: Sequence[DistributedDataParallel]) -> None:
+    """Make every rank's `main_grad` whole, where the distributed optimizer leaves each with a part of it. A diagnosis:
+    training never needs it. Every rank must call, between a backward and the next."""
+    for part in model:
+        for group in (*part.bucket_groups, *part.expert_parallel_bucket_groups):
+            if part.ddp_config.use_distributed_optimizer:
+                ranks = group.intra_distributed_optimizer_instance_group
+                for bucket in group.buckets:
+                    mine = bucket.grad_data.view(ranks.size(), -1)[ranks.rank()]
+                    bucket.grad_data.copy_(collectives.gather(mine, ranks).flatten())
 
 
 def settle(model: Sequence[DistributedDataParallel]) -> None:

@@ -98,6 +98,10 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def rank_from_environment() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
 def check_world(
     world_size: int,
     tensor: int = 1,
@@ -150,6 +154,16 @@ def another_layout(mesh: Mesh, **sizes: Any) -> Mesh:
         return _cut(mesh.device, **sizes)
     finally:
         _set_globals(before)
+
+
+def dissolve(mesh: Mesh) -> None:
+    """Give back the groups of a layout that `another_layout` made. Every rank must call."""
+    for value in (*mesh._megatron.values(), mesh.tokens.group):
+        for group in value if isinstance(value, list | tuple) else [value]:
+            # parallel_state has several names for some of them
+            live = isinstance(group, ProcessGroup) and group in dist.distributed_c10d._world.pg_map
+            if live and group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
 
 def _cut(device: torch.device, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1) -> Mesh:

@@ -130,12 +130,12 @@ class Policy(Scorer):
         overlap: bool = False,
     ):
         super().__init__(model, vocab_size, mesh, temperature)
-        self._buffers = self._entry = wrap_for_training(model, mesh, distributed=settings.distributed, overlap=overlap)
-        self.optimizer, self.scheduler = build_optimizer(self._buffers, settings, num_steps)
+        self.buffers = self._entry = wrap_for_training(model, mesh, distributed=settings.distributed, overlap=overlap)
+        self.optimizer, self.scheduler = build_optimizer(self.buffers, settings, num_steps)
 
     def settled(self) -> ModelParts:
         """The model, once every weight of the last update has arrived; every rank must call."""
-        settle(self._buffers)
+        settle(self.buffers)
         return self.model
 
     def begin_step(self) -> None:
@@ -164,7 +164,7 @@ class Policy(Scorer):
             placeholder = vocab.one_sweep_loss(**head, objective=of_chunk, report=report)
             return placeholder, torch.tensor(batch.rows, dtype=torch.int, device=placeholder.device), metrics
 
-        for part in self._buffers:
+        for part in self.buffers:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
         return add_metrics(*self._run(batches, loss, tick, forward_only=False))

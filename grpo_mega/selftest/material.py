@@ -1,0 +1,125 @@
+"""What the self-test trains: small models with random weights, prompts, and rewards that follow from token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+
+from grpo_mega.config import Recipe, validate_recipe
+from grpo_mega.config.recipe import PrecisionConfig
+from grpo_mega.data.prompts import DataCounts
+from grpo_mega.model import bridge
+from grpo_mega.model.architecture import read_architecture
+from grpo_mega.model.layout import layers_per_stage
+from grpo_mega.selftest.cases import Case
+from grpo_mega.trainer.setup import Inputs
+from grpo_mega.types import Completion, Group, Prompt, Rollout
+
+VOCABULARY = 91  # 7 x 13: every tensor size of the table pads it
+STOPS = tuple(range(8))  # one draw in eleven ends a completion
+PROMPTS, GROUP, LIMIT, STEPS = 8, 4, 12, 3
+CONFIGS: dict[str, dict[str, Any]] = {
+    "dense": {"architectures": ["LlamaForCausalLM"]},
+    "moe": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def write_model(folder: Path, kind: str) -> Path:
+    """A Hugging Face folder (config.json, model.safetensors): 4 layers, H = 32, weights of any rank alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+        "tie_word_embeddings": kind == "dense", "rope_theta": 10000.0,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | CONFIGS[kind]))
+    generator = torch.Generator().manual_seed(20240203)
+    tensors = {}
+    for name, shape in bridge.shapes(read_architecture(folder)).items():
+        noise = torch.randn(shape, generator=generator)
+        tensors[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.2 * noise
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def recipe_of(case: Case, folder: Path, dtype: str) -> Recipe:
+    """The case as a recipe. fp64, which recipes refuse since megatron's optimizer does, is let through here."""
+    recipe = validate_recipe(
+        {
+            "model": {"path": str(folder), "recompute": case.recompute},
+            "parallel": case.parallel,
+            "reference": case.reference,
+            "data": {"jsonl": "unused"},
+            "sampling": {"max_completion_tokens": LIMIT, "temperature": 0.9},
+            "grpo": {
+                "group_size": GROUP, "kl_coef": 0.1, "normalization": case.normalization,
+                "num_iterations": case.iterations,
+            },
+            "batch": {
+                "prompts_per_step": PROMPTS, "minibatches": case.minibatches, "tokens_per_microbatch": case.rows,
+            },
+            # so large an eps that an update is no mere sign of a gradient which rounding may turn
+            "optimizer": {"lr": 1e-2, "eps": 1e-2, "distributed": case.distributed},
+            "run": {"directory": "unused", "num_steps": STEPS},
+        },
+        f"case {case.name}",
+    )  # fmt: skip
+    return recipe.model_copy(update={"precision": PrecisionConfig.model_construct(dtype=dtype)})
+
+
+class _Tokenizer:
+    """What a sampler asks of one."""
+
+    stop_token_ids = STOPS
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def inputs_of(recipe: Recipe) -> Inputs:
+    """A run's inputs as far as `build_run` reads them."""
+    arch = read_architecture(recipe.model.path)
+    absent = cast(Any, None)
+    return Inputs(
+        arch=arch, tokenizer=cast(Any, _Tokenizer()), prompts=absent, heldout=[], data=cast(DataCounts, absent),
+        reward=(), directory=absent,
+        layers=layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout),
+    )  # fmt: skip
+
+
+def prompts(step: int) -> list[Prompt]:
+    """PROMPTS prompts of 1 to 15 tokens."""
+    generator = torch.Generator().manual_seed(step)
+    return [
+        Prompt(
+            index=step * PROMPTS + n,
+            text="",
+            token_ids=tuple(torch.randint(VOCABULARY, (1 + 2 * n,), generator=generator).tolist()),
+        )
+        for n in range(PROMPTS)
+    ]
+
+
+def scored(step: int, completions: Sequence[Sequence[Completion]]) -> list[Group]:
+    """Rewards by token ids; of each step's groups the third ends alike (advantage 0) and cut completions do not count.
+
+    In the place of their sampler log-probs, which no loss reads here, trained tokens carry a number of their own: by it
+    the log-probs of a layout are laid beside those of another.
+    """
+    groups, number = [], 0
+    for place, (prompt, several) in enumerate(zip(prompts(step), completions, strict=True)):
+        rollouts = []
+        for completion in several:
+            count = len(completion.token_ids)
+            numbered = replace(completion, sampler_logprobs=tuple(float(number + i) for i in range(count)))
+            number += count
+            reward = 0.5 if place == 2 else sum(completion.token_ids) % 7 / 6
+            rollouts.append(Rollout(numbered, reward, counts=completion.finish_reason == "stop"))
+        groups.append(Group(prompt, tuple(rollouts)))
+    return groups

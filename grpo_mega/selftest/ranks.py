@@ -1,0 +1,74 @@
+"""One rank of a self-test: its share of each case, laid beside what one process computed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_mega.model import bridge
+from grpo_mega.model.architecture import read_architecture
+from grpo_mega.parallel import collectives, mesh
+from grpo_mega.selftest.cases import Case, parse
+from grpo_mega.selftest.material import write_model
+from grpo_mega.selftest.measure import Answer, answer, difference, worst_of
+
+TIMEOUT_S = 300.0
+
+
+def main(arguments: Sequence[str]) -> None:
+    """SCRATCH DTYPE FILE CASE ...; FILE "-": compute the cases alone, for others to be compared with; else append a row
+    for each to FILE."""
+    scratch, dtype, file, *names = arguments
+    grid = mesh.initialize(timeout_s=TIMEOUT_S)
+    wanted = [parse(name) for name in names]
+    if file == "-":
+        for case in wanted:
+            torch.save(answer(case, _model(case, Path(scratch)), dtype, grid, None), _saved(case, Path(scratch)))
+    else:
+        for row in rows_of(wanted, Path(scratch), dtype, grid):
+            if grid.is_writer:
+                with Path(file).open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+    mesh.shutdown()
+
+
+def rows_of(wanted: Sequence[Case], scratch: Path, dtype: str, grid: mesh.Mesh) -> Iterator[dict[str, Any]]:
+    """A row for each case, alike on every rank."""
+    for case in wanted:
+        folder = _model(case, scratch)
+        one: Answer = torch.load(_saved(case, scratch), weights_only=False)  # our own file
+        started = time.monotonic()
+        sizes = {**parallel_sizes(case)}
+        current = mesh.another_layout(grid, **sizes)
+        with current.active():
+            found = difference(answer(case, folder, dtype, current, one), one)
+            everyone = collectives.gather_objects(found, current.world.group)
+        mesh.dissolve(current)
+        order = [name for name in bridge.shapes(read_architecture(folder)) if name in one_names(one)]
+        yield {"case": case.name, **worst_of(everyone, order), "seconds": round(time.monotonic() - started, 1)}
+
+
+def parallel_sizes(case: Case) -> dict[str, int]:
+    from grpo_mega.config import ParallelConfig
+
+    return ParallelConfig.model_validate(case.parallel).sizes
+
+
+def one_names(one: Answer) -> set[str]:
+    return {name for name, *_ in one.parameters}
+
+
+def _model(case: Case, scratch: Path) -> Path:
+    """The problem's model folder: every rank writes its own, the same numbers."""
+    from grpo_mega.parallel.mesh import rank_from_environment
+
+    return write_model(scratch / f"{case.model}-{rank_from_environment()}", case.model)
+
+
+def _saved(case: Case, scratch: Path) -> Path:
+    return scratch / ("one-" + "-".join(map(str, case.problem)) + ".pt")
