@@ -83,6 +83,7 @@ def test_a_whole_run(recipe, tmp_path):
     sampled = {"reward", "reward_errors", "degenerate_groups", "completion_tokens", "truncated", "near_boundary_draws"}
     assert set(metrics[0]) == {"step", "lr"} | measured | sampled
     assert {"sample_s", "log-probs_s", "update_s", "peak_memory_bytes_a_rank"} <= set(timings[0])
+    assert timings[0]["rank_imbalance"] == 1.0 <= timings[0]["microbatch_imbalance"]  # one data-parallel rank
     assert {"step_s", "cpu_s", "sampling_tokens_per_s", "training_tokens_per_s", "tokens_per_s"} <= set(timings[0])
     files = [run / "rollouts" / f"step_{step:06d}.parquet" for step in (1, 2)]
     rollouts = [line for file in files for line in pq.read_table(file).to_pylist()]

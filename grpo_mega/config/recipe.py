@@ -123,6 +123,7 @@ class BatchConfig(Section):
     prompts_per_step: Positive = 8
     minibatches: Positive = 1  # optimizer updates a step and iteration
     tokens_per_microbatch: Positive = 1024  # rows of one forward; only a sequence longer than that exceeds it
+    fixed_rows: bool = False  # true: always that many, so that shapes never change; false: as few as a minibatch needs
 
     @model_validator(mode="after")
     def _divides(self) -> BatchConfig:

@@ -11,7 +11,6 @@ prediction is the completion's first. The sums are the same, with (G - 1)(p - 1)
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -54,39 +53,6 @@ def split(positions: Sequence[int], prompts: int, minibatches: int) -> list[list
             raise ValueError(f"position {positions[i]} is outside the step's {prompts} prompts")
         parts[positions[i] * minibatches // prompts].append(i)
     return parts
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> int:
-    """How many microbatches of `capacity` rows first-fit-decreasing needs for segments of these lengths.
-
-    A segment longer than capacity gets a microbatch of its own, which then exceeds the capacity: nothing is ever cut.
-    """
-    loads: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        for i, load in enumerate(loads):
-            if load + length <= capacity:
-                loads[i] += length
-                break
-        else:
-            loads.append(length)
-    return len(loads)
-
-
-def partition(lengths: Sequence[int], bins: int) -> list[list[int]]:
-    """Segments into exactly `bins` bins of nearly equal load: the longest next, always into the least loaded bin.
-
-    Returns the indices into `lengths` of each bin, ascending; a bin may be empty. Ties go to the lower index and the
-    lower bin, so the answer depends on the lengths alone. The largest load is at most the mean plus the longest.
-    """
-    if bins < 1:
-        raise ValueError(f"{bins} bins cannot hold {len(lengths)} segments; use at least 1")
-    parts: list[list[int]] = [[] for _ in range(bins)]
-    loads = [(0, b) for b in range(bins)]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, b = loads[0]
-        heapq.heapreplace(loads, (load + lengths[i], b))
-        parts[b].append(i)
-    return [sorted(part) for part in parts]
 
 
 def pack(

@@ -16,7 +16,7 @@ from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.selftest.cases import Case
 from grpo_mega.selftest.material import STEPS, inputs_of, prompts, recipe_of, scored
-from grpo_mega.trainer.batches import minibatches
+from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share
 from grpo_mega.trainer.loop import logprobs_of
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.setup import Run, build_run
@@ -45,13 +45,13 @@ def answer(case: Case, folder: Path, dtype: str, mesh: Mesh, given: Answer | Non
     """
     recipe = recipe_of(case, folder, dtype)
     run = build_run(recipe, inputs_of(recipe), mesh, Progress(None))
-    found = Answer(logprobs={"old": [], "ref": []})
+    found, pair_cost = Answer(logprobs={"old": [], "ref": []}), pair_cost_of(run.inputs.arch)
     for step in range(STEPS if dtype != "fp64" else 1):
         found.drawn.append(_sample(run, step))
         source = found if given is None else given
         groups = scored(step, [[_completion(one) for one in several] for several in source.drawn[step]])
-        mine = mesh.share(len(groups))
-        parts = minibatches([groups[i] for i in mine], mine, recipe, mesh, run.policy.dtype)
+        mine = training_share(groups, recipe, mesh, pair_cost)
+        parts = minibatches([groups[i] for i in mine], mine, recipe, mesh, run.policy.dtype, pair_cost)
         parts = [logprobs_of(run, batches, on_policy=False) for batches in parts]
         _keep_logprobs(found, [batch for batches in parts for batch in batches])
         run.policy.begin_step()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from grpo_mega.data.balance import microbatch_work
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.device import peak_memory_bytes
 from grpo_mega.rewards.score import first_fault, score_groups, unscored_steps
 from grpo_mega.trainer import checkpoint
-from grpo_mega.trainer.batches import minibatches, with_logprobs
+from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share, with_logprobs
 from grpo_mega.trainer.records import StepCost, group_metrics, step_timings, write_together
 from grpo_mega.trainer.setup import Run
 from grpo_mega.types import Completion, Group, Mean, Metrics, Microbatch, Prompt, add_metrics
@@ -23,7 +24,7 @@ def train(run: Run, start: int = 0) -> None:
     """Run the recipe's steps from `start` on; every rank calls, the writing rank records."""
     recipe, mesh, progress, policy = run.recipe, run.mesh, run.progress, run.policy
     steps, group_size, mu = recipe.run.num_steps, recipe.grpo.group_size, recipe.grpo.num_iterations
-    unscored = 0
+    unscored, pair_cost = 0, pair_cost_of(run.inputs.arch)
     for step in range(start, steps):
         progress.begin_step(step + 1, steps)
         prompts = run.inputs.prompts.next(recipe.batch.prompts_per_step)
@@ -40,14 +41,16 @@ def train(run: Run, start: int = 0) -> None:
         progress.note(f"reward {metrics['reward'].value():.3f}")
         unscored = unscored_steps(everything, unscored)  # ends the run, on every rank alike
         with progress.phase("log-probs"):
-            parts = minibatches(groups, mine, recipe, mesh, policy.dtype)
+            mine = training_share(everything, recipe, mesh, pair_cost)  # whoever sampled them
+            parts = minibatches([everything[i] for i in mine], mine, recipe, mesh, policy.dtype, pair_cost)
             parts = [logprobs_of(run, batches, on_policy=mu == len(parts) == 1) for batches in parts]
         with progress.phase("update"):
             policy.begin_step()
             for _ in range(mu):
                 for batches in parts:
                     metrics = add_metrics(metrics, policy.update(batches, run.objective, progress.tick))
-        record_step(run, step, everything, metrics)
+        work = [[microbatch_work(batch, pair_cost) for batch in batches] for batches in parts]
+        record_step(run, step, everything, metrics, work)
         if step + 1 == steps or (recipe.run.save_every and (step + 1) % recipe.run.save_every == 0):
             save(run, step + 1)
         every = recipe.run.evaluate_every
@@ -87,14 +90,19 @@ def record_rollouts(run: Run, step: int, groups: Sequence[Group]) -> list[Group]
     return everything
 
 
-def record_step(run: Run, step: int, groups: Sequence[Group], metrics: Metrics) -> None:
-    """Sum what the last stages measured; write metrics (deterministic) and timings, and show them."""
+def record_step(
+    run: Run, step: int, groups: Sequence[Group], metrics: Metrics, work: Sequence[Sequence[float]]
+) -> None:
+    """Sum what the last stages measured; write metrics (deterministic) and timings, and show them.
+
+    work: of this rank's microbatches of each minibatch, in rows.
+    """
     mesh, progress = run.mesh, run.progress
     of_groups = group_metrics(groups)
     measured = {k: Mean(float(m.total), float(m.count)) for k, m in metrics.items() if k not in of_groups}
     total = add_metrics(*collectives.gather_objects(measured if mesh.tensor.first else {}, mesh.world.group), of_groups)
     values = {key: total[key].value() for key in sorted(total)}
-    cost = StepCost(progress.seconds["sample"], progress.cpu_seconds(), peak_memory_bytes(mesh.device))
+    cost = StepCost(progress.seconds["sample"], progress.cpu_seconds(), peak_memory_bytes(mesh.device), work)
     costs, tokens = collectives.gather_objects(cost, mesh.world.group), int(of_groups["completion_tokens"].total)
     timings = step_timings(progress.seconds, progress.step_seconds(), costs, tokens)
     values = {"lr": run.policy.learning_rate, **values}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_mega.config import Recipe, load_recipe, to_yaml
+from grpo_mega.data.balance import imbalance
 from grpo_mega.errors import ConfigError, GrpoMegaError, RunDirectoryError
 from grpo_mega.objective.advantages import is_degenerate
 from grpo_mega.parallel import collectives
@@ -27,7 +28,7 @@ FREE_SECTIONS = ("parallel",)
 FREE_KEYS = {
     *(("run", key) for key in ("directory", "num_steps", "save_every", "evaluate_every")),
     *(("sampling", key) for key in ("max_rows", "tensor", "pipeline")),
-    ("batch", "tokens_per_microbatch"),
+    *(("batch", key) for key in ("tokens_per_microbatch", "fixed_rows")),
     ("model", "recompute"),
 }
 
@@ -197,9 +198,11 @@ def step_timings(
     """A step's line of timings.jsonl from the writing rank's stopwatch and what the step cost on every rank.
 
     Rates are completion tokens of all ranks a second: of the slowest rank's sampling; of log-probs and update together;
-    of the whole step. cpu_s is the CPU time of all ranks; evaluations and checkpoints are in none of them.
+    of the whole step. cpu_s is the CPU time of all ranks; evaluations and checkpoints are in none of them. What the
+    imbalances compare is in `data/balance`; every rank of a replica has the same work, so they count alike.
     """
     training = seconds["log-probs"] + seconds["update"]
+    by_rank, by_microbatch = imbalance([cost.work for cost in costs])
     return {
         "step_s": round(step_seconds, 3),
         **{f"{name}_s": round(spent, 3) for name, spent in seconds.items()},
@@ -208,6 +211,8 @@ def step_timings(
         "tokens_per_s": round(tokens / step_seconds, 1),
         "sampling_tokens_per_s": round(tokens / max(cost.sample_seconds for cost in costs), 1),
         "training_tokens_per_s": round(tokens / training, 1),
+        "rank_imbalance": round(by_rank, 4),
+        "microbatch_imbalance": round(by_microbatch, 4),
         "peak_memory_bytes_a_rank": max(cost.peak_memory_bytes for cost in costs),
     }
 
@@ -219,6 +224,7 @@ class StepCost:
     sample_seconds: float
     cpu_seconds: float
     peak_memory_bytes: int
+    work: Sequence[Sequence[float]]  # of the microbatches of each minibatch, in rows
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from grpo_mega.data.packing import bundle_rows, bundles, first_fit, pack, partition, split
+from grpo_mega.data.packing import bundle_rows, bundles, pack, split
 from grpo_mega.types import Sample
 
 # prompt 11 12, completion 13 0: the sampled token 0 equals the padding's id
@@ -159,57 +158,3 @@ def test_split_follows_global_positions_wherever_their_groups_are():
     for outside in (-1, 6):
         with pytest.raises(ValueError, match=f"position {outside} is outside the step's 6 prompts"):
             split([outside], 6, 3)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "capacity", "bins"),
-    [
-        ([], 10, 0),
-        ([4, 8, 1, 4, 2, 1], 10, 2),  # 8+2, 4+4+1+1
-        ([6, 6, 6], 10, 3),
-        ([25, 1], 10, 2),  # 25 alone, and nothing joins it
-        ([10, 10], 10, 2),
-    ],
-)
-def test_first_fit_by_hand(lengths, capacity, bins):
-    assert first_fit(lengths, capacity) == bins
-
-
-def test_first_fit_lies_between_the_volume_bound_and_one_bin_a_segment():
-    rng = random.Random(0)
-    for _ in range(200):
-        lengths = [rng.randint(1, 40) for _ in range(rng.randint(0, 30))]
-        capacity = rng.randint(10, 60)
-        bins = first_fit(lengths, capacity)
-        assert -(-sum(min(n, capacity) for n in lengths) // capacity) <= bins <= len(lengths)
-        assert bins == first_fit(lengths[::-1], capacity)
-        # no two bins of first-fit are both at most half full
-        assert bins <= 1 + 2 * sum(lengths) / capacity
-
-
-@pytest.mark.parametrize(
-    ("lengths", "bins", "expected"),
-    [
-        ([5, 5, 4, 3, 3], 2, [[0, 2], [1, 3, 4]]),  # 5 | 5, 4 to the first, 3 to the second, 3 to the second: 9 | 11
-        ([2, 9, 2, 2], 2, [[1], [0, 2, 3]]),
-        ([1, 1], 3, [[0], [1], []]),
-        ([], 2, [[], []]),
-    ],
-)
-def test_partition_by_hand(lengths, bins, expected):
-    assert partition(lengths, bins) == expected
-
-
-def test_partition_places_every_index_once_and_balances():
-    rng = random.Random(1)
-    for _ in range(200):
-        lengths = [rng.randint(1, 40) for _ in range(rng.randint(0, 30))]
-        bins = rng.randint(1, 8)
-        parts = partition(lengths, bins)
-        assert len(parts) == bins and all(part == sorted(part) for part in parts)
-        assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
-        loads = [sum(lengths[i] for i in part) for part in parts]
-        assert max(loads) <= sum(lengths) / bins + max(lengths, default=0)
-        assert all(parts) or len(lengths) < bins
-    with pytest.raises(ValueError, match="0 bins cannot hold 1 segments; use at least 1"):
-        partition([3], 0)

@@ -22,7 +22,7 @@ from grpo_mega.model.architecture import read_architecture
 from grpo_mega.model.build import build_model
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.parallel import collectives, mesh
-from grpo_mega.trainer.batches import minibatches, with_logprobs
+from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share, with_logprobs
 from grpo_mega.trainer.policy import Policy, Scorer
 from grpo_mega.trainer.setup import objective_of
 from grpo_mega.types import Completion, Group, Prompt, Rollout, add_metrics
@@ -32,9 +32,10 @@ CASES = list(  # normalization, kl_coef, (minibatches, tokens_per_microbatch)
     itertools.product(("sequence", "group_token", "token", "constant"), (0.0, 0.1), ((1, 1000), (2, 16)))
 )
 ALL = [[0, 1, 2, 3]]
-LAYOUTS = {  # keys of `parallel`, positions of each data-parallel rank
+LAYOUTS = {  # keys of `parallel`, positions of each data-parallel rank (None: training_share's)
     "one process": ({}, ALL),
     "data 2": ({}, [[0, 1, 2], [3]]),  # of the first two groups, a minibatch, the second rank has none
+    "data 2 by work": ({}, [None, None]),  # the loop's own shares, in microbatches of fixed rows
     "pipeline 2": ({"pipeline": 2}, ALL),
     "interleaved": ({"pipeline": 2, "virtual_pipeline": 2}, ALL),
     "tensor 2": ({"tensor": 2}, ALL),
@@ -175,8 +176,13 @@ class Bench:
         self.old, self.reference = (Scorer(model, *common) for model in models[1:])
 
     def batches(self, recipe, old=None):
-        mine = [GROUPS[position] for position in self.positions]
-        for part in minibatches(mine, self.positions, recipe, self.mesh, self.policy.dtype):
+        positions, pair_cost = self.positions, 0.0
+        if positions is None:
+            pair_cost = pair_cost_of(self.arch)
+            positions = training_share(GROUPS, recipe, self.mesh, pair_cost)
+            recipe = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"fixed_rows": True})})
+        mine = [GROUPS[position] for position in positions]
+        for part in minibatches(mine, positions, recipe, self.mesh, self.policy.dtype, pair_cost):
             yield with_logprobs(part, (old or self.old).logprobs(part), self.reference.logprobs(part))
 
     def total(self, metrics):

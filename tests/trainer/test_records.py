@@ -191,7 +191,7 @@ def test_curves_show_no_step_twice(tmp_path):
 
 def test_a_steps_costs_by_hand():
     seconds = {"sample": 2.0, "reward": 0.5, "gather": 1.5, "log-probs": 1.0, "update": 3.0}
-    costs = [StepCost(2.0, 7.0, 1 << 30), StepCost(2.5, 6.5, 3 << 30)]
+    costs = [StepCost(2.0, 7.0, 1 << 30, [[30.0, 10.0]]), StepCost(2.5, 6.5, 3 << 30, [[20.0, 0.0]])]
     assert step_timings(seconds, 8.0, costs, 1000) == {
         **{f"{name}_s": spent for name, spent in seconds.items()},
         "step_s": 8.0,
@@ -200,6 +200,8 @@ def test_a_steps_costs_by_hand():
         "tokens_per_s": 125.0,
         "sampling_tokens_per_s": 400.0,  # by the slowest rank
         "training_tokens_per_s": 250.0,
+        "rank_imbalance": 1.3333,  # 40 of a mean of 30
+        "microbatch_imbalance": 2.0,  # 30 of a mean of 15
         "peak_memory_bytes_a_rank": 3 << 30,
     }
 
@@ -279,7 +281,7 @@ def test_resolved_recipe_is_kept(tmp_path):
     "changed",
     [
         {"parallel": {"tensor": 2}},
-        {"batch": {"tokens_per_microbatch": 8}},
+        {"batch": {"tokens_per_microbatch": 8, "fixed_rows": True}},
         {"sampling": {"max_rows": 8}},
         {"model": {"path": "m", "recompute": "full"}},
     ],
