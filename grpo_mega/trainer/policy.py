@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from grpo_mega.config import OptimizerConfig
 from grpo_mega.errors import GrpoMegaError
 from grpo_mega.model.attention import PackedRows, Rows
-from grpo_mega.model.context import ContextRows, in_rows, places_of
+from grpo_mega.model.context import ContextRows
 from grpo_mega.model.optimizer import build_optimizer, settle, wrap_for_training
 from grpo_mega.model.specs import ModelParts
 from grpo_mega.parallel import vocab
+from grpo_mega.parallel.context import in_rows, places_of
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.types import Mean, Metrics, Microbatch, TokenBatch, add_metrics
 

@@ -37,10 +37,12 @@ class Case:
     top_k: int = 0
     top_p: float = 1.0
     own: tuple[int, int] | None = None  # tensor and pipeline ranks of a copy to sample from
+    virtual: int = 1
+    context: int = 1  # ranks that are data ranks in sampling
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
     @property
     def what(self) -> Case:
@@ -83,6 +85,11 @@ CASES = (
     Case("few", tensor=2, data=2, own=(4, 1)),
     Case(tensor=2, sequence=True, data=2, own=(1, 2), **BOTH),
     Case(data=4, own=(2, 2)),
+    Case(pipeline=2, virtual=2),
+    Case(context=2),
+    Case(pipeline=2, virtual=2, stages=(1, 2, 1, 1), own=(2, 1), temperature=0.7),
+    Case(tensor=2, context=2, sequence=True),
+    Case(pipeline=2, virtual=2, context=2, max_rows=7, order=(3, 0, 4, 1, 2), **BOTH),
 )
 
 
@@ -116,22 +123,25 @@ def sample(folder, case, dtype):
     from grpo_mega.trainer.policy import Scorer
 
     parallel_state.destroy_model_parallel()  # of the case before
-    mesh = initialize(case.tensor, case.pipeline)
     arch = read_architecture(folder)
     parallel = ParallelConfig(
-        tensor=case.tensor, pipeline=case.pipeline, sequence=case.sequence, pipeline_layout=case.stages
-    )
+        tensor=case.tensor, pipeline=case.pipeline, virtual_pipeline=case.virtual, context=case.context,
+        sequence=case.sequence, pipeline_layout=case.stages,
+    )  # fmt: skip
+    mesh = initialize(**parallel.sizes)
     model = build_model(arch, mesh, parallel, dtype=dtype).eval()
     current, weights = mesh, lambda: model
     if case.own:
         layout = ParallelConfig(tensor=case.own[0], pipeline=case.own[1])
-        current = another_layout(mesh, *case.own)
+        current = another_layout(mesh, **layout.sizes)
         with current.active():
             copy = build_model(arch, current, layout, dtype=dtype, loaded=False).eval()
-        stages = [layers_per_stage(arch, p.pipeline, p.pipeline_layout) for p in (parallel, layout)]
+        stages = [layers_per_stage(arch, p.stages, p.pipeline_layout) for p in (parallel, layout)]
         weights = WeightCopy(arch, (model, mesh, stages[0]), (copy, current, stages[1])).refresh
+    elif case.context > 1:
+        current = another_layout(mesh, **parallel.sizes | {"context": 1})
     rows = []
-    counter = model.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].numel()))
+    counter = model[0].register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].numel()))
     truncation = Truncation.of(case.top_k, case.top_p)
     sampler = InProcessSampler(
         lambda: Decoder(weights(), arch.vocab_size, current, case.temperature, truncation=truncation),
@@ -141,7 +151,7 @@ def sample(folder, case, dtype):
         stop_token_ids=STOP,
         max_rows=case.max_rows,
         decode=lambda ids: " ".join(map(str, ids)),
-        routes=case.own is not None,
+        routes=current is not mesh,
     )
     everything = [prompts()[place] for place in case.order]
     places = mesh.share(len(everything))
@@ -151,7 +161,8 @@ def sample(folder, case, dtype):
     batches = [
         pack([bundle(*pair)], 64, scale=1.0, dtype=dtype, device="cpu") for pair in zip(mine, groups, strict=True)
     ]
-    scores = Scorer(model, arch.vocab_size, mesh, case.temperature).logprobs(batches)
+    whole = batches + batches[-1:] * (-len(batches) % case.pipeline)  # rounds of an interleaved pipeline
+    scores = Scorer(model, arch.vocab_size, mesh, case.temperature).logprobs(whole)[: len(batches)]
     scores = [s if s is None else s[b.loss_weights != 0].tolist() for s, b in zip(scores, batches, strict=True)]
     return {
         "groups": {prompt.index: group for prompt, group in zip(mine, groups, strict=True)},
