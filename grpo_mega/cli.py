@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     check.add_argument("--layouts", nargs="+", metavar="NAME", help='such as "tp2-pp2-vpp2" or "moe-dp2-ep2"')
     check.add_argument("--world-size", type=int, metavar="N", help="only layouts of N ranks (default: 1, 2 and 4)")
     check.add_argument("--all", action="store_true", help="the whole table, of up to 8 ranks")
-    check.add_argument("--dtype", choices=("fp32", "fp64"), default="fp32")
+    check.add_argument("--dtype", choices=("fp32", "fp64", "bf16"), default="fp32")
     check.add_argument("--json", action="store_true", help="rows as JSON on stdout")
     options, overrides = parser.parse_known_args(arguments)
     if options.command != "train" and overrides:

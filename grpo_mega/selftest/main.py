@@ -15,6 +15,7 @@ from typing import Any
 
 from grpo_mega.errors import ConfigError
 from grpo_mega.selftest.cases import Case, cases
+from grpo_mega.selftest.models import check
 from grpo_mega.selftest.table import BOUNDS, broken, heading, line, verdict
 
 TIMEOUT_S = 300.0  # for a collective: a layout that hangs is one that breaks
@@ -30,6 +31,9 @@ def selftest(
         raise ConfigError(
             f"no layout of the table has {under or world_size} ranks; name some by --layouts, or use 1, 2, 4 or 8"
         )
+    with tempfile.TemporaryDirectory(prefix="grpo-mega-selftest-") as scratch:
+        for case in wanted:
+            check(case, Path(scratch))
     if under is not None:
         rows = _on_these_ranks(wanted, dtype)
         return _finish(rows, dtype, as_json) if int(os.environ["RANK"]) == 0 else (1 if _first(rows, dtype) else 0)

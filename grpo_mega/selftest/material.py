@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,27 +17,17 @@ from grpo_mega.model import bridge
 from grpo_mega.model.architecture import read_architecture
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.selftest.cases import Case
+from grpo_mega.selftest.models import PROMPTS, VOCABULARY, settings_of, write_config
 from grpo_mega.trainer.setup import Inputs
 from grpo_mega.types import Completion, Group, Prompt, Rollout
 
-VOCABULARY = 91  # 7 x 13: every tensor size of the table pads it
 STOPS = tuple(range(8))  # one draw in eleven ends a completion
-PROMPTS, GROUP, LIMIT, STEPS = 8, 4, 12, 3
-CONFIGS: dict[str, dict[str, Any]] = {
-    "dense": {"architectures": ["LlamaForCausalLM"]},
-    "moe": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
-}
+STEPS = {"fp32": 3, "fp64": 1, "bf16": 1}  # later steps train on what rounding made of the weights: fp32's little
 
 
 def write_model(folder: Path, kind: str) -> Path:
-    """A Hugging Face folder (config.json, model.safetensors): 4 layers, H = 32, weights of any rank alike."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
-        "tie_word_embeddings": kind == "dense", "rope_theta": 10000.0,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config | CONFIGS[kind]))
+    """A Hugging Face folder (config.json, model.safetensors), the same on every rank."""
+    write_config(folder, kind)
     generator = torch.Generator().manual_seed(20240203)
     tensors = {}
     for name, shape in bridge.shapes(read_architecture(folder)).items():
@@ -50,26 +39,7 @@ def write_model(folder: Path, kind: str) -> Path:
 
 def recipe_of(case: Case, folder: Path, dtype: str) -> Recipe:
     """The case as a recipe. fp64, which recipes refuse since megatron's optimizer does, is let through here."""
-    recipe = validate_recipe(
-        {
-            "model": {"path": str(folder), "recompute": case.recompute},
-            "parallel": case.parallel,
-            "reference": case.reference,
-            "data": {"jsonl": "unused"},
-            "sampling": {"max_completion_tokens": LIMIT, "temperature": 0.9},
-            "grpo": {
-                "group_size": GROUP, "kl_coef": 0.1, "normalization": case.normalization,
-                "num_iterations": case.iterations,
-            },
-            "batch": {
-                "prompts_per_step": PROMPTS, "minibatches": case.minibatches, "tokens_per_microbatch": case.rows,
-            },
-            # so large an eps that an update is no mere sign of a gradient which rounding may turn
-            "optimizer": {"lr": 1e-2, "eps": 1e-2, "distributed": case.distributed},
-            "run": {"directory": "unused", "num_steps": STEPS},
-        },
-        f"case {case.name}",
-    )  # fmt: skip
+    recipe = validate_recipe(settings_of(case, folder), f"case {case.name}")
     return recipe.model_copy(update={"precision": PrecisionConfig.model_construct(dtype=dtype)})
 
 

@@ -46,7 +46,7 @@ def answer(case: Case, folder: Path, dtype: str, mesh: Mesh, given: Answer | Non
     recipe = recipe_of(case, folder, dtype)
     run = build_run(recipe, inputs_of(recipe), mesh, Progress(None))
     found, pair_cost = Answer(logprobs={"old": [], "ref": []}), pair_cost_of(run.inputs.arch)
-    for step in range(STEPS if dtype != "fp64" else 1):
+    for step in range(STEPS[dtype]):
         found.drawn.append(_sample(run, step))
         source = found if given is None else given
         groups = scored(step, [[_completion(one) for one in several] for several in source.drawn[step]])
@@ -124,7 +124,7 @@ class Difference:
     """How far a rank's answer is from the one process'; adds over ranks by `worst_of`."""
 
     logprob: float = 0.0  # of the largest, policy's and reference's
-    loss: float = 0.0  # relative
+    loss: float = 0.0  # of the largest of the updates'
     gradients: dict[str, float] = field(default_factory=dict)  # by tensor: largest error over largest value
     parameters: dict[str, float] = field(default_factory=dict)
     same: int = 0  # completions
@@ -142,8 +142,10 @@ def difference(mine: Answer, one: Answer) -> Difference:
                 off = (found[known] - wanted[known]).abs().max().item()  # nan: a token that was not to be trained
                 off /= wanted[~wanted.isnan()].abs().max().item()
                 result.logprob = max(result.logprob, off if off == off else torch.inf)
+    largest = max(map(abs, one.losses))  # advantages add up to nothing, and losses nearly so
     for found_loss, wanted_loss in zip(mine.losses, one.losses, strict=True):
-        result.loss = max(result.loss, abs(found_loss - wanted_loss) / abs(wanted_loss))
+        off = abs(found_loss - wanted_loss) / largest
+        result.loss = max(result.loss, off if off == off else torch.inf)
     result.gradients = _errors(mine.gradients, one.gradients)
     result.parameters = _errors(mine.parameters, one.parameters)
     for step, expected in zip(mine.drawn, one.drawn, strict=True):

@@ -12,7 +12,7 @@ class Bounds:
     """What a dtype's rounding may change, and no more."""
 
     logprob: float  # of the largest log-prob
-    loss: float  # relative
+    loss: float  # of the largest loss
     gradient: float  # of the largest value of a tensor
     parameter: float
     exact_completions: bool  # but for draws near a boundary
@@ -22,6 +22,8 @@ BOUNDS = {
     # megatron divides gradients once, by a float32: 6e-8 where R is no power of two
     "fp64": Bounds(1e-10, 1e-9, 1e-7, 1e-10, True),
     "fp32": Bounds(2e-6, 2e-6, 2e-6, 2e-6, True),
+    # 8 bits a number: the same distribution and the same noise, not the same draws
+    "bf16": Bounds(2e-2, 2e-2, 5e-2, 3e-2, False),
 }
 
 
