@@ -136,6 +136,8 @@ def load(checkpoint: Path, policy: Policy) -> dict[str, Any]:
 
 
 def _sharded(policy: Policy, *, loading: bool) -> dict[str, Any]:
+    if not loading:
+        policy.settled()
     metadata = dict(_METADATA)  # megatron writes this mesh's data-parallel group into it
     model = {name: part.sharded_state_dict(metadata=metadata) for name, part in _parts(policy)}
     return {

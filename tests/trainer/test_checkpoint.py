@@ -61,7 +61,7 @@ def with_run(tree, directory, steps, *, save_every=0, **parallel):
 def built(tree):
     recipe = validate_recipe(tree)
     inputs = read_inputs(recipe, mesh.world_size_from_environment())
-    grid = mesh.initialize(recipe.parallel.tensor, recipe.parallel.pipeline)
+    grid = mesh.initialize(**recipe.parallel.sizes)
     return build_run(recipe, inputs, grid, Progress(None))
 
 
