@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import lcm
 
 import torch
 
@@ -39,15 +40,17 @@ def _minibatch(
     denominator = collectives.sum_int(denominator, mesh.data.group, mesh.device)
     # without a KL term a sample of advantage 0 adds exactly nothing to the gradient; its place in D is kept
     samples = [s for s in samples if s.weight > 0 and (s.advantage != 0 or recipe.grpo.kl_coef > 0)]
-    return equalize(samples, denominator, recipe.batch.tokens_per_microbatch, mesh, dtype)
+    reference = recipe.reference.layout
+    also = 1 if reference is None else reference.row_multiple
+    return equalize(samples, denominator, recipe.batch.tokens_per_microbatch, mesh, dtype, also)
 
 
 def equalize(
-    samples: Sequence[Sample], denominator: int, capacity: int, mesh: Mesh, dtype: torch.dtype
+    samples: Sequence[Sample], denominator: int, capacity: int, mesh: Mesh, dtype: torch.dtype, also: int = 1
 ) -> list[Microbatch]:
     """Pack into as many microbatches as the neediest rank needs, as long as the longest one, rounded up to what tensor
-    and context ranks can divide; under virtual pipeline stages a multiple of the pipeline's length (megatron's
-    interleaved schedule takes them in such rounds).
+    and context ranks can divide, and `also` (a reference's layout); under virtual pipeline stages a multiple of the
+    pipeline's length (megatron's interleaved schedule takes them in such rounds).
 
     Agreed over the data-parallel ranks; a rank with less to do gets padding, at least one microbatch of it, since every
     rank must take part in every collective. loss_weights carry R / D, R being the rows of all ranks.
@@ -58,7 +61,7 @@ def equalize(
     count = collectives.max_int(_count(lengths, capacity), group, device)
     rounds = mesh.pipeline.size if mesh.virtual > 1 else 1
     count = -(-count // rounds) * rounds
-    multiple = mesh.tensor.size * (2 * mesh.context.size if mesh.context.size > 1 else 1)
+    multiple = lcm(also, mesh.tensor.size * (2 * mesh.context.size if mesh.context.size > 1 else 1))
     bins = partition(lengths, count)
     longest = max(multiple, *(sum(lengths[i] for i in bin) for bin in bins))
     rows = -(-collectives.max_int(longest, group, device) // multiple) * multiple

@@ -29,6 +29,7 @@ FREE_KEYS = {
     *(("sampling", key) for key in ("max_rows", "tensor", "pipeline")),
     ("batch", "tokens_per_microbatch"),
     ("model", "recompute"),
+    *(("reference", key) for key in ("tensor", "pipeline", "context", "sequence", "offload")),
 }
 
 
