@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from math import lcm
 from pathlib import Path
 
 from grpo_mega.config import Recipe, load_recipe
@@ -95,17 +96,20 @@ def _report(directory: str) -> int:
 
 def ranks_to_fill(recipe: Recipe) -> int:
     """Whole model replicas, as many as this machine has GPUs, or cores and memory, for; between one and one a prompt.
+    Where sampling or the reference has a layout of its own, they divide into its replicas too.
 
     A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference) and 3 GiB to work in.
     """
     from grpo_mega.model.architecture import read_architecture
     from grpo_mega.parallel.device import free_memory_bytes, local_devices
+    from grpo_mega.trainer.check import sampling_layout
 
     arch = read_architecture(recipe.model.path)
     parameters = arch.num_layers * arch.layer_parameters + 2 * arch.head_parameters
-    replica = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
+    replica = recipe.parallel.replica
+    whole = lcm(replica, sampling_layout(recipe).replica, (recipe.reference.layout or recipe.parallel).replica)
     fit = free_memory_bytes() // (20 * parameters + (3 << 30))
-    return replica * max(1, min(local_devices() // replica, recipe.batch.prompts_per_step, fit))
+    return max(1, min(local_devices(), replica * recipe.batch.prompts_per_step, replica * fit) // whole) * whole
 
 
 def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:

@@ -273,20 +273,22 @@ def here(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("layout", "devices", "memory", "ranks"),
+    ("layouts", "devices", "memory", "ranks"),
     [
         ({}, 8, 1 << 40, 2),  # no more replicas than the two prompts of a step
-        ({"pipeline": 2}, 3, 1 << 40, 2),  # whole replicas only
+        ({"parallel": {"pipeline": 2}}, 3, 1 << 40, 2),  # whole replicas only
         ({}, 2, 1 << 30, 1),  # memory for less than one replica
-        ({"pipeline": 2}, 1, 1 << 40, 2),  # one replica at least
+        ({"parallel": {"pipeline": 2}}, 1, 1 << 40, 2),  # one replica at least
+        ({"reference": {"tensor": 2}}, 3, 1 << 40, 2),  # of the reference too
+        ({"parallel": {"pipeline": 2}, "sampling": {"tensor": 4, "pipeline": 1}}, 7, 1 << 40, 4),
     ],
 )
-def test_alone_it_fills_the_machine(recipe, monkeypatch, layout, devices, memory, ranks):
+def test_alone_it_fills_the_machine(recipe, monkeypatch, layouts, devices, memory, ranks):
     from grpo_mega.parallel import device
 
     monkeypatch.setattr(device, "local_devices", lambda: devices)
     monkeypatch.setattr(device, "free_memory_bytes", lambda: memory)
-    assert cli.ranks_to_fill(load_recipe(recipe(parallel=layout))) == ranks
+    assert cli.ranks_to_fill(load_recipe(recipe(**layouts))) == ranks
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -20,6 +20,29 @@ class ModelConfig(Section):
 
 class ReferenceConfig(Section):
     path: str | None = None  # frozen reference; default: the policy's first weights
+    # a layout of its own on the same ranks; default: training's. Where one of these is given, the others are 1 (false),
+    # and the world's other ranks become data ranks, which share the step's microbatches evenly
+    tensor: Positive | None = None
+    pipeline: Positive | None = None
+    context: Positive | None = None
+    sequence: bool | None = None
+    offload: bool = False  # between its uses the weights are in host memory, and their memory on the device is free
+
+    @model_validator(mode="after")
+    def _layout(self) -> ReferenceConfig:
+        if self.sequence and (self.tensor or 1) == 1:
+            raise ValueError(
+                "reference.sequence=true needs reference.tensor > 1 (in a layout of its own an axis that is not given "
+                "has length 1); set reference.tensor, or leave reference.sequence out"
+            )
+        return self
+
+    @property
+    def layout(self) -> ParallelConfig | None:
+        """The layout of its own, if it has one."""
+        given = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context, "sequence": self.sequence}
+        given = {name: value for name, value in given.items() if value is not None}
+        return ParallelConfig.model_validate(given) if given else None
 
 
 class ParallelConfig(Section):
@@ -53,6 +76,16 @@ class ParallelConfig(Section):
     def stages(self) -> int:
         """How many runs of layers the model is cut into."""
         return self.pipeline * self.virtual_pipeline
+
+    @property
+    def replica(self) -> int:
+        """How many ranks together hold a model and the rows of a microbatch."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def row_multiple(self) -> int:
+        """What must divide the rows of a microbatch: two runs a context rank, each cut over tensor ranks that share."""
+        return (self.tensor if self.sequence else 1) * (2 * self.context if self.context > 1 else 1)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -179,11 +212,13 @@ class Recipe(Section):
                 f"grpo.group_size={self.grpo.group_size} exceeds sampling.max_rows={self.sampling.max_rows}, the rows "
                 "decoded together; raise max_rows, since a group is sampled as one"
             )
-        if self.reference.path is not None and self.grpo.kl_coef == 0:
-            raise ValueError(
-                f"reference.path={self.reference.path} would never be used with grpo.kl_coef=0; leave it out, or give "
-                "the KL term a weight"
-            )
+        for key, value in self.reference:
+            if self.grpo.kl_coef == 0 and value not in (None, ReferenceConfig.model_fields[key].default):
+                shown = str(value).lower() if isinstance(value, bool) else value
+                raise ValueError(
+                    f"reference.{key}={shown} would never be used with grpo.kl_coef=0; leave it out, or give the KL "
+                    "term a weight"
+                )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(
                 f"optimizer.min_lr={self.optimizer.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower min_lr"

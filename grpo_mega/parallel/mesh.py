@@ -82,9 +82,18 @@ class Mesh:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Let megatron's modules see this layout's groups, where the ranks are cut in more than one way.
+        """Let megatron's modules see this layout in parallel_state, where the ranks are cut in more than one way.
 
-        Its layers, mappings and attention read parallel_state when they run (0.16.1), whatever groups they were given.
+        Of a dense model they read there, whatever groups they were given (0.16.1 and 0.19.2 but where it says so):
+        - in the build, the pipeline rank and whether there are virtual stages: transformer/
+          pipeline_parallel_layer_layout.py, get_layer_offset, by which layers are numbered. 0.19.2 asks again in every
+          forward (transformer_block.py) and would refuse a model without virtual stages beside one that has them;
+        - in the build, weight-gathering groups: tensor_parallel/layers.py (0.19.2; unused here, of one rank each);
+        - in the forward, the tensor group and rank: transformer/attention.py, get_query_key_value_tensors, where more
+          tensor ranks than key-value heads share their projections (0.16.1);
+        - in the forward, the tensor group: tensor_parallel/layers.py, linear_with_frozen_weight under a row-parallel
+          layer, which uses it in no forward.
+        Schedule, hand-overs, embedding, linears and mappings do with the groups that they are given.
         """
         before = _globals()
         _set_globals(self._megatron)

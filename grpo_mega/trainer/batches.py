@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import lcm
 
 import torch
 
@@ -61,7 +62,7 @@ def minibatches(
     A minibatch is a run of the step's global order, and its denominator D is summed over all ranks, so that neither
     depends on the mesh. pair_cost: see `equalize`. Every rank must call.
     """
-    result = []
+    result, reference = [], recipe.reference.layout
     for part in split(positions, recipe.batch.prompts_per_step, recipe.batch.minibatches):
         samples, denominator = _trained([groups[i] for i in part], [positions[i] for i in part], recipe)
         result.append(
@@ -71,6 +72,7 @@ def minibatches(
                 recipe.batch.tokens_per_microbatch,
                 mesh,
                 dtype,
+                also=1 if reference is None else reference.row_multiple,
                 pair_cost=pair_cost,
                 fixed=recipe.batch.fixed_rows,
             )
@@ -97,12 +99,13 @@ def equalize(
     mesh: Mesh,
     dtype: torch.dtype,
     *,
+    also: int = 1,
     pair_cost: float = 0.0,
     fixed: bool = False,
 ) -> list[Microbatch]:
     """Pack into as many microbatches as the neediest rank needs, as long as the longest one, rounded up to what tensor
-    and context ranks can divide; under virtual pipeline stages a multiple of the pipeline's length (megatron's
-    interleaved schedule takes them in such rounds).
+    and context ranks can divide, and `also` (a reference's layout); under virtual pipeline stages a multiple of the
+    pipeline's length (megatron's interleaved schedule takes them in such rounds).
 
     fixed: at least `capacity` rows long, so that all of a run have one shape unless a single sample is longer. A rank's
     own are of nearly equal work, a pair of attention costing `pair_cost` rows (0: by rows alone).
@@ -112,7 +115,7 @@ def equalize(
     """
     units = bundles(samples, capacity)
     group, device = mesh.data.group, mesh.device
-    multiple = mesh.tensor.size * (2 * mesh.context.size if mesh.context.size > 1 else 1)
+    multiple = lcm(also, mesh.tensor.size * (2 * mesh.context.size if mesh.context.size > 1 else 1))
     rounds = mesh.pipeline.size if mesh.virtual > 1 else 1
     needed = len(first_fit(list(map(bundle_rows, units)), capacity))
     count = -(-collectives.max_int(max(1, needed), group, device) // rounds) * rounds

@@ -18,9 +18,12 @@ def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
     sampling = sampling_layout(recipe)
     check_layout(arch, sampling.tensor, sampling.stages, section="sampling")
     check_world(world_size, **sampling.sizes, section="sampling")
-    if recipe.grpo.kl_coef > 0 and recipe.reference.path is not None:
-        other = read_architecture(recipe.reference.path)
-        check_layout(other, recipe.parallel.tensor, recipe.parallel.stages)
+    if recipe.grpo.kl_coef > 0:
+        other = read_architecture(recipe.reference_path)
+        own = recipe.reference.layout
+        layout, section = (recipe.parallel, "parallel") if own is None else (own, "reference")
+        check_layout(other, layout.tensor, layout.stages, section)
+        check_world(world_size, **layout.sizes, section=section)
         if other.vocab_size != arch.vocab_size:
             raise ConfigError(
                 f"reference.path={recipe.reference.path} has a vocabulary of {other.vocab_size}, the policy "

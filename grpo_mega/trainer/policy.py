@@ -35,7 +35,7 @@ Objective = Callable[[Tensor, Tensor, TokenBatch], tuple[Tensor, Metrics]]
 Tick = Callable[[], None]
 
 
-def _silent() -> None: ...
+def silent() -> None: ...
 
 
 class Scorer:
@@ -48,7 +48,7 @@ class Scorer:
         self._entry: Sequence[nn.Module] = list(model)  # what megatron's schedule calls
 
     @torch.no_grad()
-    def logprobs(self, batches: Sequence[Microbatch], tick: Tick = _silent) -> list[Tensor | None]:
+    def logprobs(self, batches: Sequence[Microbatch], tick: Tick = silent) -> list[Tensor | None]:
         """`[T]` log-probs of each microbatch's targets, 0 where not trained; None on all but the last stage.
 
         Under `sampling.temperature`, like every log-prob of the step: the policy is the tempered distribution.
@@ -147,7 +147,7 @@ class Policy(Scorer):
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def gradients(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = _silent) -> Metrics:
+    def gradients(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = silent) -> Metrics:
         """Fill the gradient buffers with the gradient of the batches' loss; metrics on the last stage, {} elsewhere."""
 
         def loss(batch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Metrics]:
@@ -170,7 +170,7 @@ class Policy(Scorer):
         self.optimizer.zero_grad()
         return add_metrics(*self._run(batches, loss, tick, forward_only=False))
 
-    def update(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = _silent) -> Metrics:
+    def update(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = silent) -> Metrics:
         """One optimizer step on the batches. Raises GrpoMegaError, on every rank, before a bad gradient is kept."""
         metrics = self.gradients(batches, objective, tick)
         _, grad_norm, _ = self.optimizer.step()

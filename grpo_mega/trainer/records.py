@@ -30,6 +30,7 @@ FREE_KEYS = {
     *(("sampling", key) for key in ("max_rows", "tensor", "pipeline")),
     *(("batch", key) for key in ("tokens_per_microbatch", "fixed_rows")),
     ("model", "recompute"),
+    *(("reference", key) for key in ("tensor", "pipeline", "context", "sequence", "offload")),
 }
 
 

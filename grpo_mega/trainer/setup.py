@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from grpo_mega.data.prompts import DataCounts, Renderer, prompts_of
 from grpo_mega.data.tokenizer import ChatTokenizer, load_tokenizer
 from grpo_mega.errors import ConfigError
 from grpo_mega.model import bridge
-from grpo_mega.model.architecture import Architecture, read_architecture
+from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.copy import WeightCopy
 from grpo_mega.model.decode import Decoder
@@ -29,9 +28,10 @@ from grpo_mega.rewards.resolve import Part, check_row, resolve_reward
 from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply, sampling_layout
-from grpo_mega.trainer.policy import Objective, Policy, Scorer
+from grpo_mega.trainer.policy import Objective, Policy
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.records import RunDirectory
+from grpo_mega.trainer.reference import Reference, build_reference
 from grpo_mega.types import Metrics, Prompt, TokenBatch
 
 
@@ -57,7 +57,7 @@ class Run:
     inputs: Inputs
     mesh: Mesh
     policy: Policy
-    reference: Scorer | None
+    reference: Reference | None
     sampler: Sampler
     objective: Objective
     progress: Progress
@@ -94,23 +94,21 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
 
 def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) -> Run:
     """Load policy and (with a KL term) reference onto the mesh, and put the sampler on the policy's weights."""
-    precision = recipe.precision
-    dtype, reference_dtype = DTYPES[precision.dtype], DTYPES[precision.reference or precision.dtype]
-    temperature = recipe.sampling.temperature
-    build = partial(build_model, mesh=mesh, parallel=recipe.parallel, tick=progress.tick)
-    model = build(inputs.arch, dtype=dtype, recompute=recipe.model.recompute)
-    vocab_size = inputs.arch.vocab_size
+    arch, dtype = inputs.arch, DTYPES[recipe.precision.dtype]
+    model = build_model(arch, mesh, recipe.parallel, dtype=dtype, recompute=recipe.model.recompute, tick=progress.tick)
     policy = Policy(
-        model, vocab_size, mesh, temperature, recipe.optimizer, recipe.run.num_steps, overlap=recipe.parallel.overlap
+        model,
+        arch.vocab_size,
+        mesh,
+        recipe.sampling.temperature,
+        recipe.optimizer,
+        recipe.run.num_steps,
+        overlap=recipe.parallel.overlap,
     )
     if dtype == torch.bfloat16:
-        fine = bridge.tensors(model, inputs.arch, bridge.Place.of(mesh, inputs.layers), torch.float32)
+        fine = bridge.tensors(model, arch, bridge.Place.of(mesh, inputs.layers), torch.float32)
         start_main_weights(policy.optimizer, fine)
-    reference = None
-    if recipe.grpo.kl_coef > 0:
-        frozen = build(read_architecture(recipe.reference_path), dtype=reference_dtype, trainable=False)
-        reference = Scorer(frozen, vocab_size, mesh, temperature)
-
+    reference = build_reference(recipe, mesh, progress.tick) if recipe.grpo.kl_coef > 0 else None
     sampler = build_sampler(recipe, inputs, mesh, policy, progress)
     return Run(recipe, inputs, mesh, policy, reference, sampler, objective_of(recipe), progress)
 
