@@ -148,7 +148,12 @@ class Policy(Scorer):
         return self.optimizer.param_groups[0]["lr"]
 
     def gradients(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = silent) -> Metrics:
-        """Fill the gradient buffers with the gradient of the batches' loss; metrics on the last stage, {} elsewhere."""
+        """Fill the gradient buffers with the gradient of the batches' loss; metrics on the last stage, {} elsewhere.
+
+        The loss of all ranks adds up to Mean(loss, 1): losses of several updates are averaged as one each, however
+        many rows they had.
+        """
+        every_row = batches[0].rows * len(batches) * self.mesh.data.size  # R
 
         def loss(batch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Metrics]:
             rows = batch.loss_weights.nonzero().squeeze(1)
@@ -159,7 +164,7 @@ class Policy(Scorer):
                 return objective(logprobs, entropies, tokens.at(where))
 
             def report(total: Tensor, more: Metrics) -> None:  # in the backward
-                metrics.update(more, loss=Mean(total.double(), batch.rows))
+                metrics.update(more, loss=Mean(total.double() / every_row, batch.rows / every_row))
 
             head = self._head(hidden, batch, rows)
             placeholder = vocab.one_sweep_loss(**head, objective=of_chunk, report=report)

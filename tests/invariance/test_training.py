@@ -49,7 +49,7 @@ def tree(tmp_path_factory):
         "grpo": {"group_size": 4, "kl_coef": 0.05, "num_iterations": 2},
         "batch": {"prompts_per_step": 6, "minibatches": 2},
         # an eps so large that an update is no mere sign of a gradient which rounding may turn
-        "optimizer": {"lr": 5e-3, "eps": 1e-3},
+        "optimizer": {"lr": 0.05, "eps": 0.3},
     }
 
 
