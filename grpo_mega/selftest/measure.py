@@ -123,7 +123,7 @@ def _pieces(run: Run, values: dict[str, Tensor]) -> Parts:
 class Difference:
     """How far a rank's answer is from the one process'; adds over ranks by `worst_of`."""
 
-    logprob: float = 0.0  # of the largest, policy's and reference's
+    logprob: float = 0.0  # of the largest, policy's and reference's before the first update
     loss: float = 0.0  # of the largest of the updates'
     gradients: dict[str, float] = field(default_factory=dict)  # by tensor: largest error over largest value
     parameters: dict[str, float] = field(default_factory=dict)
@@ -135,13 +135,12 @@ class Difference:
 def difference(mine: Answer, one: Answer) -> Difference:
     """mine: of any rank; one: of the one process."""
     result = Difference()
-    for kind, tables in mine.logprobs.items():
-        for found, wanted in zip(tables, one.logprobs[kind], strict=True):
-            known = ~found.isnan()
-            if known.any():
-                off = (found[known] - wanted[known]).abs().max().item()  # nan: a token that was not to be trained
-                off /= wanted[~wanted.isnan()].abs().max().item()
-                result.logprob = max(result.logprob, off if off == off else torch.inf)
+    for kind, (found, *_) in mine.logprobs.items():  # before any update: later ones are the gradients' and parameters'
+        wanted, known = one.logprobs[kind][0], ~found.isnan()
+        if known.any():
+            off = (found[known] - wanted[known]).abs().max().item()  # nan: a token that was not to be trained
+            off /= wanted[~wanted.isnan()].abs().max().item()
+            result.logprob = max(result.logprob, off if off == off else torch.inf)
     largest = max(map(abs, one.losses))  # advantages add up to nothing, and losses nearly so
     for found_loss, wanted_loss in zip(mine.losses, one.losses, strict=True):
         off = abs(found_loss - wanted_loss) / largest

@@ -32,13 +32,14 @@ def broken(row: dict[str, Any], dtype: str) -> str | None:
     if "error" in row:
         return row["error"]
     bounds = BOUNDS[dtype]
-    if row["logprob"] > bounds.logprob:
+    if not row["logprob"] <= bounds.logprob:  # nan is out of bounds
         return f"log-probs are off by {row['logprob']:.1e} of the largest"
-    if row["loss"] > bounds.loss:
-        return f"the loss is off by {row['loss']:.1e}"
-    for kind, bound in (("gradients", bounds.gradient), ("parameters", bounds.parameter)):
+    kinds = (("gradients", bounds.gradient), ("parameters", bounds.parameter))
+    for kind, bound in kinds:  # in the order of cause and effect
+        if kind == "parameters" and not row["loss"] <= bounds.loss:
+            return f"the loss is off by {row['loss']:.1e} of the largest"
         for name, off in row[kind].items():
-            if off > bound:
+            if not off <= bound:
                 return f"{kind[:-1]} of {name} is off by {off:.1e}"
     if bounds.exact_completions and row["drawn"] - row["same"] > row["near"]:
         return f"{row['drawn'] - row['same']} of {row['drawn']} completions differ; {row['near']} draws were near"

@@ -5,31 +5,43 @@ from __future__ import annotations
 from grpo_mega.config import ParallelConfig, Recipe
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture, check_layout, read_architecture
-from grpo_mega.model.layout import layers_per_stage
+from grpo_mega.model.layout import layers_per_stage, nearest_layouts
 from grpo_mega.parallel.mesh import check_world
 
 
 def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
     """What can be refused within a second: the model folder, the layout, the world. Raises ConfigError."""
     arch = read_architecture(recipe.model.path)
-    check_layout(arch, recipe.parallel.tensor, recipe.parallel.stages)
+    check_parallel(arch, recipe.parallel, world_size)
     layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout)
-    check_world(world_size, **recipe.parallel.sizes)
-    sampling = sampling_layout(recipe)
-    check_layout(arch, sampling.tensor, sampling.stages, section="sampling")
-    check_world(world_size, **sampling.sizes, section="sampling")
+    check_parallel(arch, sampling_layout(recipe), world_size, "sampling")
     if recipe.grpo.kl_coef > 0:
         other = read_architecture(recipe.reference_path)
         own = recipe.reference.layout
         layout, section = (recipe.parallel, "parallel") if own is None else (own, "reference")
-        check_layout(other, layout.tensor, layout.stages, section)
-        check_world(world_size, **layout.sizes, section=section)
+        check_parallel(other, layout, world_size, section)
         if other.vocab_size != arch.vocab_size:
             raise ConfigError(
                 f"reference.path={recipe.reference.path} has a vocabulary of {other.vocab_size}, the policy "
                 f"{arch.vocab_size}; a reference must share the policy's tokenizer"
             )
     return arch
+
+
+def check_parallel(arch: Architecture, parallel: ParallelConfig, world_size: int, section: str = "parallel") -> None:
+    """Raise ConfigError, with the nearest layouts that do fit, unless the model and the ranks can be cut that way."""
+    try:
+        _check_cut(arch, parallel, world_size, section)
+    except ConfigError as error:
+        near = nearest_layouts(parallel, world_size, lambda other: _check_cut(arch, other, world_size, section))
+        if not near:
+            raise
+        raise ConfigError(f"{error}; nearest on {world_size} ranks: {', '.join(near)}") from None
+
+
+def _check_cut(arch: Architecture, parallel: ParallelConfig, world_size: int, section: str) -> None:
+    check_layout(arch, parallel.tensor, parallel.stages, section)
+    check_world(world_size, **parallel.sizes, section=section)
 
 
 def sampling_layout(recipe: Recipe) -> ParallelConfig:
