@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FREE_SECTIONS = ("parallel",)
 FREE_KEYS = {
     *(("run", key) for key in ("directory", "num_steps", "save_every", "evaluate_every")),
-    *(("sampling", key) for key in ("max_rows", "tensor", "pipeline")),
+    *(("sampling", key) for key in ("max_rows", "tensor", "pipeline", "expert", "expert_tensor")),
     ("batch", "tokens_per_microbatch"),
     ("model", "recompute"),
 }

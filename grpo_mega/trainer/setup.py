@@ -98,10 +98,17 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
     dtype, reference_dtype = DTYPES[precision.dtype], DTYPES[precision.reference or precision.dtype]
     temperature = recipe.sampling.temperature
     build = partial(build_model, mesh=mesh, parallel=recipe.parallel, tick=progress.tick)
-    model = build(inputs.arch, dtype=dtype, recompute=recipe.model.recompute)
+    model = build(inputs.arch, dtype=dtype, recompute=recipe.model.recompute, moe=recipe.moe)
     vocab_size = inputs.arch.vocab_size
     policy = Policy(
-        model, vocab_size, mesh, temperature, recipe.optimizer, recipe.run.num_steps, overlap=recipe.parallel.overlap
+        model,
+        vocab_size,
+        mesh,
+        temperature,
+        recipe.optimizer,
+        recipe.run.num_steps,
+        overlap=recipe.parallel.overlap,
+        replays=recipe.moe.routing_replay,
     )
     if dtype == torch.bfloat16:
         fine = bridge.tensors(model, inputs.arch, bridge.Place.of(mesh, inputs.layers), torch.float32)

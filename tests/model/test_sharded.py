@@ -1,6 +1,6 @@
 """However the model is cut, log-probs and the gradient of every parameter are those of transformers in one process.
 
-The reference is transformers' LlamaForCausalLM in float64, one sequence at a time, differentiated by autograd. Against
+The reference is transformers' LlamaForCausalLM or MixtralForCausalLM in float64, one sequence at a time, differentiated by autograd. Against
 it stand packed microbatches (one of them a group that shares its prompt's rows) under every kind of layout, each rank's
 gradients put back under their Hugging Face names by the bridge's table.
 """
@@ -8,6 +8,7 @@ gradients put back under their Hugging Face names by the bridge's table.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import tiny
@@ -24,6 +25,7 @@ MODELS = {  # 12 query heads, 5 layers
     "tied": {"tied": True},
     "untied": {"tied": False},
     "few": {"tied": False, "num_key_value_heads": 2},  # fewer key-value heads than tensor ranks
+    "mixture": {"tied": False, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
 }
 
 
@@ -39,6 +41,8 @@ class Layout:
     virtual: int = 1
     context: int = 1
     overlap: bool = False
+    expert: int = 1
+    expert_tensor: int | None = None
 
     @property
     def world(self) -> int:
@@ -46,6 +50,8 @@ class Layout:
 
     def __str__(self) -> str:
         axes = f"{self.model}-tp{self.tensor}-pp{self.pipeline}x{self.virtual}-cp{self.context}-dp{self.data}"
+        if self.model == "mixture":
+            axes += f"-ep{self.expert}-etp{self.expert_tensor or self.tensor}"
         return axes + "-sequence" * self.sequence + f"-{self.recompute}" + "-overlap" * self.overlap
 
 
@@ -79,6 +85,24 @@ LAYOUTS = (
     Layout("untied", pipeline=2, context=2, recompute="full"),
     Layout("tied", pipeline=2, virtual=2, context=2, overlap=True),
     Layout("untied", tensor=2, pipeline=2, virtual=2, sequence=True),
+    Layout("mixture"),
+    Layout("mixture", recompute="full"),
+    Layout("mixture", tensor=2, sequence=True),
+    Layout("mixture", tensor=2, sequence=True, expert_tensor=1),
+    Layout("mixture", tensor=2, sequence=True, expert=2, expert_tensor=1, recompute="full"),
+    Layout("mixture", data=2),
+    Layout("mixture", data=2, expert=2),
+    Layout("mixture", data=2, expert=2, recompute="full", overlap=True),
+    Layout("mixture", data=2, expert_tensor=2),
+    Layout("mixture", context=2, expert=2),
+    Layout("mixture", tensor=2, data=2, sequence=True, expert=2),
+    Layout("mixture", tensor=2, data=2, sequence=True, expert=4, expert_tensor=1),
+    Layout("mixture", tensor=2, data=2, sequence=True, expert=2, expert_tensor=1, recompute="full"),
+    Layout("mixture", tensor=2, context=2, sequence=True, expert=2),
+    Layout("mixture", pipeline=2, data=2, expert=2),
+    Layout("mixture", pipeline=2, virtual=2, context=2, expert=2, recompute="full"),
+    Layout("mixture", context=2, data=2, expert=4),
+    Layout("mixture", context=2, data=2, expert=2, expert_tensor=2),
 )
 
 
@@ -129,7 +153,8 @@ def answer(folder, layout, dtype):
     parallel_state.destroy_model_parallel()  # of the layout before
     parallel = ParallelConfig(
         tensor=layout.tensor, pipeline=layout.pipeline, virtual_pipeline=layout.virtual, context=layout.context,
-        sequence=layout.sequence, pipeline_layout=layout.stages,
+        sequence=layout.sequence, pipeline_layout=layout.stages, expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
     )  # fmt: skip
     mesh = initialize(**parallel.sizes)
     arch = read_architecture(folder)
@@ -206,21 +231,46 @@ def by_transformers(folder):
         )
     loss.backward()
     pairs = [torch.cat(logprobs[i : i + 2]).detach() for i in (0, 2)]
-    return pairs, loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return pairs, loss.item(), gradients_of(model)
+
+
+def gradients_of(model):
+    """{name in the folder: gradient}; transformers joins the experts of a layer, folders have one tensor for each."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        layer, _, part = name.partition("mlp.")
+        if part == "gate.weight":
+            found[layer + "block_sparse_moe.gate.weight"] = parameter.grad
+        elif part.startswith("experts."):
+            for n, gradient in enumerate(parameter.grad):
+                cut = {"w1": gradient.chunk(2)[0], "w3": gradient.chunk(2)[1]} if "up" in part else {"w2": gradient}
+                found |= {f"{layer}block_sparse_moe.experts.{n}.{kind}.weight": g for kind, g in cut.items()}
+        else:
+            found[name] = parameter.grad
+    return found
 
 
 def load_in_float64(folder):
-    """transformers' model; its norms round to float32, so torch's take their place."""
-    from transformers import LlamaForCausalLM
+    """transformers' model; its norms and routers round to float32, so torch's take their place."""
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder).double()
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").double()
     for module in list(model.modules()):
+        if type(module).__name__ == "MixtralTopKRouter":
+            module.forward = partial(choose, module)
         for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
+            if type(child).__name__ in ("LlamaRMSNorm", "MixtralRMSNorm"):
                 norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 norm.weight = child.weight
                 setattr(module, name, norm)
     return model
+
+
+def choose(router, hidden):
+    """(scores, weights, experts): softmax over all experts, the highest k divided by their sum."""
+    scores = torch.nn.functional.linear(hidden.flatten(0, -2), router.weight)
+    weights, experts = scores.softmax(dim=1).topk(router.top_k, dim=1)
+    return scores, weights / weights.sum(dim=1, keepdim=True), experts
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
