@@ -1,8 +1,8 @@
 """However the model is cut, log-probs and the gradient of every parameter are those of transformers in one process.
 
-The reference is transformers' LlamaForCausalLM or MixtralForCausalLM in float64, one sequence at a time, differentiated by autograd. Against
-it stand packed microbatches (one of them a group that shares its prompt's rows) under every kind of layout, each rank's
-gradients put back under their Hugging Face names by the bridge's table.
+The reference is transformers' LlamaForCausalLM or MixtralForCausalLM in float64, one sequence at a time, differentiated
+by autograd. Against it stand packed microbatches (one of them a group that shares its prompt's rows) under every kind
+of layout, each rank's gradients put back under their Hugging Face names by the bridge's table.
 """
 
 from __future__ import annotations
