@@ -240,6 +240,8 @@ class Decoder:
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[PromptRows], Tensor | None]:
         """Packed prompts in about as many chunks as stages; on the last stage also each prompt's last hidden state."""
         size = max(1, -(-len(prompts) // self.mesh.pipeline.size))
+        count = -(-len(prompts) // size)
+        idle = self.agree(count) - count
         chunks, last = [], []
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
@@ -250,7 +252,7 @@ class Decoder:
             chunks.append(self._rows)
             if hidden is not None:
                 last.append(hidden[[end - 1 for end in accumulate(lengths)]])
-        for _ in range(self.agree(len(chunks)) - len(chunks)):
+        for _ in range(idle):
             self.idle()
         return chunks, torch.cat(last) if last else None
 
