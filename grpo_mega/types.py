@@ -143,6 +143,8 @@ class Microbatch:
     prefixes                                        S ints: a segment's number, or -1
     kept                                            None, or the tokens that each trained row was drawn from; its rows
                                                     are counted among the trained ones (loss_weights != 0)
+    routes                                          {layer: [rows of this rank, k] int64}: the experts that the pass for
+                                                    old_logprobs chose, where updates replay them; else empty
     """
 
     input_ids: Tensor
@@ -157,6 +159,7 @@ class Microbatch:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     kept: Kept | None = None
+    routes: Any = field(default_factory=dict)  # one for all copies of the microbatch: `replace` keeps it
 
     @property
     def rows(self) -> int:

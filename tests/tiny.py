@@ -1,4 +1,4 @@
-"""A tiny Llama in a Hugging Face folder, with random weights and a byte tokenizer: small enough to shard in a test."""
+"""A tiny Llama or Mixtral in a Hugging Face folder, with random weights and a byte tokenizer: to shard in a test."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ CHAT = (  # the user's text between two special tokens
 def make_model(folder: Path, *, tied: bool = True, seed: int = 0, scale: float = 0.2, **changes) -> Path:
     """Write `folder` (config.json, model.safetensors, tokenizer) and return it.
 
-    changes: fields of LlamaConfig. scale: standard deviation of the weights; 0.2 spreads the logits over a few nats.
+    changes: fields of LlamaConfig, or of MixtralConfig where num_local_experts is one of them. scale: standard
+    deviation of the weights; 0.2 spreads the logits over a few nats.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     settings = {
         "vocab_size": VOCABULARY,
@@ -39,7 +40,10 @@ def make_model(folder: Path, *, tied: bool = True, seed: int = 0, scale: float =
     } | changes
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**settings)).float()
+    if "num_local_experts" in settings:
+        model = MixtralForCausalLM(MixtralConfig(**settings)).float()
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**settings)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):  # norms that are not all one: a mixed-up norm must show

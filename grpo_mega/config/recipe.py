@@ -45,11 +45,26 @@ class ReferenceConfig(Section):
         return ParallelConfig.model_validate(given) if given else None
 
 
+class MoeConfig(Section):
+    """Training of models whose feed-forward layers are mixtures of experts; a dense model has none of these keys.
+
+    No token is ever dropped: an expert takes all rows that chose it. A capacity (megatron's moe_expert_capacity_factor)
+    would make a row's log-prob depend on the rows beside it, so that there is no option for one.
+    """
+
+    aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0  # load balancing over each microbatch's rows: model/experts
+    z_loss_coef: Annotated[float, Field(ge=0)] = 0.0  # mean squared log-sum-exp of the router's logits
+    # updates of a step choose the experts that the pass for the old log-probs chose: ratios do not jump with a choice
+    routing_replay: bool = False
+
+
 class ParallelConfig(Section):
     tensor: Positive = 1
     pipeline: Positive = 1
     virtual_pipeline: Positive = 1  # stages of each pipeline rank, interleaved: rank p has stages p, p + pipeline, ...
     context: Positive = 1  # ranks that share the rows of one microbatch
+    expert: Positive = 1  # ranks that divide a layer's experts: runs of tensor, context and data ranks
+    expert_tensor: Positive | None = None  # ranks that divide each expert's matrices; default: as tensor
     sequence: bool = False  # megatron's sequence parallelism: activations between layers are sharded over tensor ranks
     pipeline_layout: Counts | None = None  # layers of each stage, in model order; default: balanced by cost
     # gradients are reduced while the backward still runs; with optimizer.distributed, weights gathered in the forward
@@ -95,6 +110,8 @@ class ParallelConfig(Section):
             "pipeline": self.pipeline,
             "virtual_pipeline": self.virtual_pipeline,
             "context": self.context,
+            "expert": self.expert,
+            "expert_tensor": self.expert_tensor,
         }
 
 
@@ -131,6 +148,8 @@ class SamplingConfig(Section):
     # after each update, and the world's other ranks become data ranks
     tensor: Positive | None = None
     pipeline: Positive | None = None
+    expert: Positive | None = None
+    expert_tensor: Positive | None = None
 
 
 class GrpoConfig(Section):
@@ -192,6 +211,7 @@ class RunConfig(Section):
 class Recipe(Section):
     model: ModelConfig
     reference: ReferenceConfig = ReferenceConfig()
+    moe: MoeConfig = MoeConfig()
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig
@@ -222,6 +242,11 @@ class Recipe(Section):
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(
                 f"optimizer.min_lr={self.optimizer.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower min_lr"
+            )
+        if self.moe.routing_replay and self.grpo.num_iterations == self.batch.minibatches == 1:
+            raise ValueError(
+                "moe.routing_replay=true would never be used with grpo.num_iterations=1 and batch.minibatches=1, where "
+                "the one update is by the policy that sampled; leave it out, or update more than once a step"
             )
         self.reward.check_lengths(self.sampling.max_completion_tokens)
         return self

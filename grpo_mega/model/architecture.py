@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo_mega.errors import ConfigError
 
-SUPPORTED = {"LlamaForCausalLM": "llama"}
+SUPPORTED = {"LlamaForCausalLM": "llama", "MixtralForCausalLM": "mixtral"}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU feed-forward."""
+    """Shape of a Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU feed-forward.
+
+    num_experts > 0: each layer's feed-forward is a mixture of that many, of expert_ffn_size channels each, of which a
+    row passes through the experts_per_token that its router scores highest; 0: one feed-forward of ffn_size channels.
+    """
 
     folder: Path
     hidden_size: int
@@ -28,12 +33,16 @@ class Architecture:
     norm_eps: float
     context_length: int
     raw: dict[str, Any]
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one decoder layer's matrices."""
+        """Weights of one decoder layer's matrices that a row is multiplied with: its cost."""
         attention = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        return self.hidden_size * (attention + 3 * self.ffn_size)
+        channels = self.experts_per_token * self.expert_ffn_size if self.num_experts else self.ffn_size
+        return self.hidden_size * (attention + 3 * channels + self.num_experts)
 
     @property
     def head_parameters(self) -> int:
@@ -65,6 +74,7 @@ def read_architecture(folder: str | Path) -> Architecture:
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             context_length=int(raw.get("max_position_embeddings", 2048)),
             raw=raw,
+            **_experts(raw, names[0]),
         )
     except KeyError as missing:
         raise ConfigError(f"{folder}/config.json lacks {missing}; take the folder from the model's publisher") from None
@@ -72,6 +82,42 @@ def read_architecture(folder: str | Path) -> Architecture:
         raise ConfigError(f"{folder}/config.json holds a value of the wrong kind: {error}") from None
     _check(result)
     return result
+
+
+def _experts(raw: dict[str, Any], name: str) -> dict[str, int]:
+    """The mixture's sizes, for architectures that are one."""
+    if name != "MixtralForCausalLM":
+        return {}
+    return {
+        "num_experts": int(raw["num_local_experts"]),
+        "experts_per_token": int(raw["num_experts_per_tok"]),
+        "expert_ffn_size": int(raw["intermediate_size"]),
+    }
+
+
+def check_experts(
+    arch: Architecture, tensor: int, expert: int, expert_tensor: int | None, section: str = "parallel"
+) -> None:
+    """Raise ConfigError unless the mixture's experts can be divided as `section` asks for."""
+    if not arch.num_experts:
+        if expert > 1 or expert_tensor is not None:
+            found = f"{section}.expert={expert}" if expert > 1 else f"{section}.expert_tensor={expert_tensor}"
+            raise ConfigError(
+                f"{found} divides experts, and {arch.folder} is a {arch.raw['architectures'][0]}, which has none; "
+                "leave it out"
+            )
+        return
+    if arch.num_experts % expert:
+        fits = [e for e in range(1, arch.num_experts + 1) if arch.num_experts % e == 0]
+        raise ConfigError(
+            f"{section}.expert={expert} does not divide the model's {arch.num_experts} experts; use expert in {fits}"
+        )
+    slices = tensor if expert_tensor is None else expert_tensor
+    if arch.expert_ffn_size % slices:
+        raise ConfigError(
+            f"{section}.expert_tensor={slices} does not divide an expert's {arch.expert_ffn_size} feed-forward "
+            f"channels; use {math.gcd(arch.expert_ffn_size, slices)}"
+        )
 
 
 def check_layout(arch: Architecture, tensor: int, pipeline: int, section: str = "parallel") -> None:
@@ -91,7 +137,8 @@ def check_layout(arch: Architecture, tensor: int, pipeline: int, section: str = 
 def _cuts(arch: Architecture, tensor: int) -> bool:
     """Whole query heads and feed-forward channels a rank; key-value heads divide the ranks, or ranks divide them."""
     kv_heads = arch.num_kv_heads
-    return not (arch.num_heads % tensor or arch.ffn_size % tensor or max(kv_heads, tensor) % min(kv_heads, tensor))
+    channels = 0 if arch.num_experts else arch.ffn_size  # see `check_experts` for those of experts
+    return not (arch.num_heads % tensor or channels % tensor or max(kv_heads, tensor) % min(kv_heads, tensor))
 
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
@@ -145,6 +192,16 @@ def _check(arch: Architecture) -> None:
         raise ConfigError(
             f"{arch.folder}/config.json: {arch.num_heads} attention heads are not a multiple of "
             f"{arch.num_kv_heads} key-value heads"
+        )
+    if arch.num_experts and not 0 < arch.experts_per_token <= arch.num_experts:
+        raise ConfigError(
+            f"{arch.folder}/config.json: num_experts_per_tok={arch.experts_per_token} of num_local_experts="
+            f"{arch.num_experts}; a row passes through at least one and at most all of them"
+        )
+    if arch.num_experts and arch.raw.get("sliding_window") and arch.raw["sliding_window"] < arch.context_length:
+        raise ConfigError(
+            f"{arch.folder}/config.json: sliding_window={arch.raw['sliding_window']} is shorter than the context of "
+            f"{arch.context_length}; supported: attention to the whole past (null)"
         )
     for name in ("attention_bias", "mlp_bias"):
         if arch.raw.get(name):

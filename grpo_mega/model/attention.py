@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -86,13 +86,14 @@ class PackedRows:
 
     lengths: rows of each segment; what is left of T is padding. prefixes: for each segment the number of the segment
     whose rows it goes on from and sees whole, or -1 (Microbatch.prefixes; empty: none has one). Segments with the same
-    prefix stand together, behind it.
+    prefix stand together, behind it. routing: what a mixture's routers are told (`model/experts`).
     """
 
     cos: Tensor
     sin: Tensor
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...] = ()
+    routing: Any = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         used = sum(self.lengths)

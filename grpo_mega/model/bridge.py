@@ -1,7 +1,8 @@
 """Names and slices: which part of which Hugging Face tensor each megatron parameter of each rank holds.
 
 One table, `pieces`, serves both directions: reading takes the pieces out of the folder's tensors, writing puts them
-back and refuses to finish while a tensor is incomplete. Llama naming on one side, megatron's local spec on the other.
+back and refuses to finish while a tensor is incomplete. Llama's or Mixtral's naming on one side, megatron's local spec
+on the other.
 
 Megatron keeps query, key and value of one key-value group together: rows q.. k v | q.. k v | ..., head_dim rows a head;
 `linear_fc1` is the gate's slice above the up projection's; a row-parallel weight is cut along its columns.
@@ -38,7 +39,7 @@ def silent(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """A model-parallel coordinate: which tensor rank of which pipeline rank.
+    """A model-parallel coordinate: which tensor rank of which pipeline rank, and which part of a mixture's experts.
 
     layers: of each of the model's stages; those of pipeline rank p are p, p + pipeline_size, ...
     """
@@ -48,10 +49,15 @@ class Place:
     pipeline: int
     pipeline_size: int
     layers: tuple[int, ...]
+    expert: int = 0
+    expert_size: int = 1
+    expert_tensor: int = 0
+    expert_tensor_size: int = 1
 
     @classmethod
     def of(cls, mesh: Mesh, layers: tuple[int, ...]) -> Place:
-        return cls(mesh.tensor.rank, mesh.tensor.size, mesh.pipeline.rank, mesh.pipeline.size, layers)
+        t, p, e, s = mesh.tensor, mesh.pipeline, mesh.expert, mesh.expert_tensor
+        return cls(t.rank, t.size, p.rank, p.size, layers, e.rank, e.size, s.rank, s.size)
 
     @property
     def stages(self) -> range:
@@ -84,11 +90,21 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             layer + "self_attn.v_proj.weight": (arch.num_kv_heads * d, h),
             layer + "self_attn.o_proj.weight": (h, arch.num_heads * d),
             layer + "post_attention_layernorm.weight": (h,),
-            layer + "mlp.gate_proj.weight": (arch.ffn_size, h),
-            layer + "mlp.up_proj.weight": (arch.ffn_size, h),
-            layer + "mlp.down_proj.weight": (h, arch.ffn_size),
         }
+        if arch.num_experts:
+            result[layer + "block_sparse_moe.gate.weight"] = (arch.num_experts, h)
+        size = arch.expert_ffn_size or arch.ffn_size
+        for gate, up, down in _feed_forwards(arch, layer):
+            result |= {gate: (size, h), up: (size, h), down: (h, size)}
     return result
+
+
+def _feed_forwards(arch: Architecture, layer: str) -> list[tuple[str, str, str]]:
+    """Names of a layer's gate, up and down projections: one of each, or one of each for every expert."""
+    if not arch.num_experts:
+        return [(layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight", layer + "mlp.down_proj.weight")]
+    each = (f"{layer}block_sparse_moe.experts.{n}." for n in range(arch.num_experts))
+    return [(expert + "w1.weight", expert + "w3.weight", expert + "w2.weight") for expert in each]
 
 
 def pieces(arch: Architecture, place: Place) -> Iterator[tuple[str, list[Piece]]]:
@@ -100,13 +116,9 @@ def pieces(arch: Architecture, place: Place) -> Iterator[tuple[str, list[Piece]]
 
 def _stage(arch: Architecture, place: Place, stage: int) -> Iterator[tuple[str, list[Piece]]]:
     """The same of one stage, under megatron's own names, layer by layer."""
-    rank, size = place.tensor, place.tensor_size
 
-    def part(name: str, dim: int, length: int, start: int = 0) -> Piece:
-        return Piece(name, dim, rank * (length // size), start, length // size)
-
-    def whole(name: str) -> Piece:
-        return Piece(name, 0, 0, 0, arch.hidden_size)
+    def whole(name: str, length: int = arch.hidden_size) -> Piece:
+        return Piece(name, 0, 0, 0, length)
 
     if stage == 0:
         yield "embedding.word_embeddings.weight", _vocabulary("model.embed_tokens.weight", arch, place)
@@ -115,19 +127,35 @@ def _stage(arch: Architecture, place: Place, stage: int) -> Iterator[tuple[str, 
         mine, theirs = f"decoder.layers.{local}.", f"model.layers.{first + local}."
         yield mine + "input_layernorm.weight", [whole(theirs + "input_layernorm.weight")]
         yield mine + "self_attention.linear_qkv.weight", _query_key_value(theirs + "self_attn.", arch, place)
-        columns = arch.num_heads * arch.head_dim
-        yield mine + "self_attention.linear_proj.weight", [part(theirs + "self_attn.o_proj.weight", 1, columns)]
+        columns = arch.num_heads * arch.head_dim // place.tensor_size
+        out = Piece(theirs + "self_attn.o_proj.weight", 1, place.tensor * columns, 0, columns)
+        yield mine + "self_attention.linear_proj.weight", [out]
         yield mine + "pre_mlp_layernorm.weight", [whole(theirs + "post_attention_layernorm.weight")]
-        gate = part(theirs + "mlp.gate_proj.weight", 0, arch.ffn_size)
-        up = part(theirs + "mlp.up_proj.weight", 0, arch.ffn_size, start=gate.length)
-        yield mine + "mlp.linear_fc1.weight", [gate, up]
-        yield mine + "mlp.linear_fc2.weight", [part(theirs + "mlp.down_proj.weight", 1, arch.ffn_size)]
+        if arch.num_experts:
+            yield mine + "mlp.router.weight", [whole(theirs + "block_sparse_moe.gate.weight", arch.num_experts)]
+        yield from _multiplied(arch, place, mine + "mlp.", theirs)
     if stage == len(place.layers) - 1:
         yield "decoder.final_layernorm.weight", [whole("model.norm.weight")]
         if not arch.tied_embeddings:
             yield "output_layer.weight", _vocabulary("lm_head.weight", arch, place)
         elif len(place.layers) > 1:
             yield "output_layer.weight", _vocabulary("model.embed_tokens.weight", arch, place)
+
+
+def _multiplied(arch: Architecture, place: Place, mine: str, theirs: str) -> Iterator[tuple[str, list[Piece]]]:
+    """The matrices of a layer's feed-forward, or of those of its experts that lie here."""
+    names, size, rank, cut = _feed_forwards(arch, theirs), arch.ffn_size, place.tensor, place.tensor_size
+    prefixes = [mine]
+    if arch.num_experts:
+        size, rank, cut = arch.expert_ffn_size, place.expert_tensor, place.expert_tensor_size
+        local = arch.num_experts // place.expert_size
+        names = names[place.expert * local : (place.expert + 1) * local]
+        prefixes = [f"{mine}experts.local_experts.{n}." for n in range(local)]
+    share = size // cut
+    for prefix, (gate, up, down) in zip(prefixes, names, strict=True):
+        halves = [Piece(name, 0, rank * share, n * share, share) for n, name in enumerate((gate, up))]
+        yield prefix + "linear_fc1.weight", halves
+        yield prefix + "linear_fc2.weight", [Piece(down, 1, rank * share, 0, share)]
 
 
 def _vocabulary(name: str, arch: Architecture, place: Place) -> list[Piece]:
@@ -260,17 +288,21 @@ def export(
 ) -> None:
     """Write the model as a Hugging Face folder that `transformers` loads. Every rank must call.
 
-    Tensors travel one at a time to the writer, from the first rank that holds them. The folder appears under its name
-    only when it is complete. Raises RunDirectoryError, on the writer and once it has heard the other ranks out, when it
-    cannot be written.
+    Tensors travel one at a time to the writer, each part from the first rank that holds it. The folder appears under
+    its name only when it is complete. Raises RunDirectoryError, on the writer and once it has heard the other ranks
+    out, when it cannot be written.
     """
     parameters = dict(model.named_parameters())
     owners = places(mesh, layers)
     writer = _Writer(arch, destination) if mesh.is_writer else None
+    sent: set[Piece] = set()
     for pipeline in range(mesh.pipeline.size):
         stage = {rank: pieces(arch, place) for rank, place in owners.items() if place.pipeline == pipeline}
         for entries in zip(*stage.values(), strict=True):  # the slices of one tensor, one after the other
             for rank, (name, parts) in zip(stage, entries, strict=True):
+                if sent.issuperset(part for part in parts if part.length):
+                    continue  # a norm of another tensor rank, what only the experts' grid has several places for
+                sent.update(parts)
                 value = collectives.send_to_first(
                     parameters[name] if mesh.rank == rank else None, rank, mesh.world.group
                 )

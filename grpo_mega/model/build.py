@@ -8,10 +8,17 @@ import torch
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from grpo_mega.config import ParallelConfig
+from grpo_mega.config import MoeConfig, ParallelConfig
 from grpo_mega.model import bridge
-from grpo_mega.model.architecture import Architecture, check_layout, padded_vocab_size, rope_inverse_frequencies
+from grpo_mega.model.architecture import (
+    Architecture,
+    check_experts,
+    check_layout,
+    padded_vocab_size,
+    rope_inverse_frequencies,
+)
 from grpo_mega.model.attention import Rope
+from grpo_mega.model.experts import mixture_settings
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.model.specs import ModelParts, TrunkModel, block_spec
 from grpo_mega.parallel.mesh import Mesh
@@ -20,7 +27,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def transformer_config(
-    arch: Architecture, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device, recompute: str = "none"
+    arch: Architecture,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: str = "none",
+    moe: MoeConfig | None = None,
 ) -> TransformerConfig:
     """megatron's configuration. Every fusion that needs apex or Transformer Engine is off; dropout is 0 in GRPO."""
     layers = layers_per_stage(arch, parallel.stages, parallel.pipeline_layout)
@@ -32,7 +44,6 @@ def transformer_config(
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_size,
         num_attention_heads=arch.num_heads,
         num_query_groups=arch.num_kv_heads,
         kv_channels=arch.head_dim,
@@ -65,19 +76,26 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **{"none": {}, "selective": selective, "full": full}[recompute],
+        **({"ffn_hidden_size": arch.ffn_size} | mixture_settings(arch, parallel, moe or MoeConfig())),
     )
 
 
 def _mark_tensor_parallel(model: ModelParts, arch: Architecture, place: bridge.Place) -> None:
-    """Say of each matrix that tensor ranks hold different slices of it, and along which dimension.
+    """Say of each matrix but the routers' that tensor ranks hold different slices of it, and along which dimension.
 
     megatron-core 0.16.1 says so only while it initialises weights (tensor_parallel/layers.py), which we leave out;
     0.19.2 says it always, and refuses to be told again. Unsaid, optimizer/clip_grads.py takes slices for copies, and
-    the norm that clips changes with the tensor ranks.
+    the norm that clips changes with the tensor ranks. Matrices of experts are never copies on the ranks that megatron
+    adds up over (their optimizer has its own groups), and have their own data-parallel ranks, which 0.16.1 gives them
+    (`allreduce`) only where parallel.expert > 1: with expert_tensor != tensor gradients would else miss ranks.
     """
     parameters = dict(model.named_parameters())
     for name, parts in bridge.pieces(arch, place):
         weight = parameters[name]
+        if ".local_experts." in name:
+            setattr(weight, "allreduce", False)  # noqa: B010  (a tensor has no such field)
+        if name.endswith(".router.weight"):
+            continue
         if weight.ndim > 1 and not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=parts[0].dim, stride=1)
 
@@ -91,6 +109,7 @@ def build_model(
     recompute: str = "none",
     trainable: bool = True,
     loaded: bool = True,
+    moe: MoeConfig | None = None,
     tick: bridge.Tick = bridge.silent,
 ) -> ModelParts:
     """This rank's part of the model with the weights of `arch.folder`, read slice by slice, a tick for each; or, not
@@ -99,7 +118,8 @@ def build_model(
     Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
     """
     check_layout(arch, parallel.tensor, parallel.stages)
-    config = transformer_config(arch, parallel, dtype, mesh.device, recompute)
+    check_experts(arch, parallel.tensor, parallel.expert, parallel.expert_tensor)
+    config = transformer_config(arch, parallel, dtype, mesh.device, recompute, moe)
     layers = layers_per_stage(arch, parallel.stages, parallel.pipeline_layout)
     frequencies, factor = rope_inverse_frequencies(arch)
     rope = Rope(frequencies, factor, mesh.device, dtype)
@@ -107,7 +127,7 @@ def build_model(
     for virtual, stage in enumerate(mesh.stages):
         part = TrunkModel(
             config=config,
-            transformer_layer_spec=block_spec(layers[stage]),
+            transformer_layer_spec=block_spec(layers[stage], mixture=arch.num_experts > 0),
             vocab_size=padded_vocab_size(arch.vocab_size, parallel.tensor),
             max_sequence_length=arch.context_length,
             pre_process=stage == 0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ class ContextRows:
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...]
     axis: Axis
+    routing: Any = None  # see PackedRows
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [T / size, heads, d], key and value [T / size, kv_heads, d] -> [T / size, heads, d]."""

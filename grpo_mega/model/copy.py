@@ -16,7 +16,8 @@ class WeightCopy:
     """`target`'s weights are what `source`'s were at the last `refresh`, cut another way, rounded to its dtype.
 
     Both tables of pieces name the same Hugging Face tensors, so that what a parameter of one layout shares with one of
-    the other is where their pieces overlap. Parameters travel one at a time, within each replica of `source`.
+    the other is where their pieces overlap. Parameters travel one at a time, within each replica of `source` (through
+    the world where experts of a replica lie on others').
     """
 
     def __init__(
@@ -28,11 +29,12 @@ class WeightCopy:
         """source, target: a model, its mesh, and the layers of each of its stages. Every rank must call."""
         model, self._mesh, layers = source
         self._source, self._dtype = dict(model.named_parameters()), model.config.params_dtype
+        self._holders = self._mesh.holders
         self._shapes = collectives.gather_objects(
-            {name: p.shape for name, p in self._source.items()}, self._mesh.replica.group
+            {name: p.shape for name, p in self._source.items()}, self._holders.group
         )
-        places = collectives.gather_objects(Place.of(self._mesh, layers), self._mesh.replica.group)
-        self._tables = [list(pieces(arch, place)) for place in places]  # in the order of the replica's ranks
+        places = collectives.gather_objects(Place.of(self._mesh, layers), self._holders.group)
+        self._tables = [list(pieces(arch, place)) for place in places]  # in the order of the group's ranks
         self.model, mesh, layers = target
         parameters = dict(self.model.named_parameters())
         self._wanted: dict[str, list[tuple[Piece, Tensor]]] = {}
@@ -44,18 +46,18 @@ class WeightCopy:
     @torch.no_grad()
     def refresh(self) -> ModelParts:
         """Copy the weights as they are now; every rank must call. Returns the copy."""
-        replica, seen = self._mesh.replica, set()
+        holders, seen = self._holders, set()
         for owner, table in enumerate(self._tables):
             for name, parts in table:
                 key = (parts[0].name, parts[0].source)
                 if key in seen or parts[0].length == 0:
                     continue  # the tied output layer, a norm of another tensor rank; nothing but padding
                 seen.add(key)
-                if replica.rank == owner:
+                if holders.rank == owner:
                     value = self._source[name].detach()
                 else:
                     value = torch.empty(self._shapes[owner][name], dtype=self._dtype, device=self._mesh.device)
-                collectives.broadcast_(value, owner, replica.group)
+                collectives.broadcast_(value, owner, holders.group)
                 for piece in parts:
                     self._take(value, piece)
         return self.model

@@ -7,6 +7,9 @@ Every rank of a model replica walks through the same row groups in the same orde
 stages; with as many row groups in flight as there are stages, no stage waits for another's turn. (Virtual stages make a
 ring of the pipeline, in which one row group at a time goes round: exact, but with a `sampling.pipeline` of its own a
 sampler is quicker.)
+
+A mixture's experts may lie on other replicas (`Mesh.in_step`): all of those run equally many forwards, in one order.
+What decides about a forward is agreed first, and who has no row for it takes part with one of padding.
 """
 
 from __future__ import annotations
@@ -167,16 +170,20 @@ class Decoder:
         prompt_of_row: Sequence[Sequence[int]],
         uniforms: Sequence[Tensor],
         max_new_tokens: int,
-    ) -> list[RowGroup]:
+    ) -> list[RowGroup | None]:
         """Run every prompt once and draw each row's first token.
 
-        prompts: token ids; prompt_of_row[g][r]: the prompt of row r in row group g; uniforms[g] [rows] in [0, 1).
+        prompts: token ids; prompt_of_row[g][r]: the prompt of row r in row group g (None for one without rows);
+        uniforms[g] [rows] in [0, 1).
         """
         with cpu.suspended(), self.mesh.active():
             chunks, last_hidden = self._prefill(prompts)
-            capacity = max(map(len, prompts)) + max_new_tokens
-            groups = []
+            capacity = max(map(len, prompts), default=0) + max_new_tokens
+            groups: list[RowGroup | None] = []
             for rows, noise in zip(prompt_of_row, uniforms, strict=True):
+                if not rows:
+                    groups.append(None)
+                    continue
                 group = RowGroup(KVCache(chunks, rows, capacity))
                 if last_hidden is not None:
                     self._draw(group, last_hidden[list(rows)], noise)
@@ -202,6 +209,17 @@ class Decoder:
             if hidden is not None:
                 self._draw(group, hidden[: cache.count], uniforms)
 
+    def agree(self, value: int) -> int:
+        """The largest value of the ranks that must step together; its own for a model without experts elsewhere."""
+        return collectives.max_int(value, self.mesh.in_step.group, self.mesh.device)
+
+    @torch.no_grad()
+    def idle(self) -> None:
+        """Take part in the others' step with a row of padding."""
+        with cpu.suspended(), self.mesh.active():
+            nothing = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
+            self._forward(nothing, nothing, lambda cos, sin: PackedRows(cos, sin, ()))
+
     @contextmanager
     def session(self) -> Iterator[None]:
         """All calls belong into one: the weights stay as they are in it, and no hand-over is under way at its end."""
@@ -221,7 +239,9 @@ class Decoder:
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[PromptRows], Tensor | None]:
         """Packed prompts in about as many chunks as stages; on the last stage also each prompt's last hidden state."""
-        size = -(-len(prompts) // self.mesh.pipeline.size)
+        size = max(1, -(-len(prompts) // self.mesh.pipeline.size))
+        count = -(-len(prompts) // size)
+        idle = self.agree(count) - count
         chunks, last = [], []
         for start in range(0, len(prompts), size):
             part = prompts[start : start + size]
@@ -232,6 +252,8 @@ class Decoder:
             chunks.append(self._rows)
             if hidden is not None:
                 last.append(hidden[[end - 1 for end in accumulate(lengths)]])
+        for _ in range(idle):
+            self.idle()
         return chunks, torch.cat(last) if last else None
 
     def _forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor | None:

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from grpo_mega.model.attention import NoCoreAttention, Rope, RowAttention
+from grpo_mega.model.experts import LINEARS, MixtureLayer, mixture_spec
 
 
 class RMSNorm(nn.Module):
@@ -86,8 +87,8 @@ class ModelParts(nn.ModuleList):
         return last.output_weight()
 
 
-def layer_spec() -> ModuleSpec:
-    """One Llama decoder layer. Names are megatron's local ones (`input_layernorm.weight`, `mlp.linear_fc1.weight`)."""
+def layer_spec(mixture: bool = False) -> ModuleSpec:
+    """One decoder layer, Llama's or (mixture) Mixtral's. Names are megatron's local ones (`input_layernorm.weight`)."""
     attention = ModuleSpec(
         module=RowAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -99,20 +100,19 @@ def layer_spec() -> ModuleSpec:
             k_layernorm=IdentityOp,
         ),
     )
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=MixtureLayer if mixture else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=linears),
+            mlp=mixture_spec() if mixture else ModuleSpec(module=MLP, submodules=LINEARS),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def block_spec(layers: int) -> TransformerBlockSubmodules:
+def block_spec(layers: int, mixture: bool = False) -> TransformerBlockSubmodules:
     """`layers` decoder layers of one pipeline stage, and the final norm where the stage has it."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(mixture)] * layers, layer_norm=RMSNorm)

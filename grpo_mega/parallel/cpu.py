@@ -1,13 +1,16 @@
 """A stand-in for the parts of `torch.cuda` that megatron-core takes for granted, so that it runs on a CPU.
 
-Installed only where no GPU is present, by `device.prepare()`. It answers four habits of megatron-core, the same in
+Installed only where no GPU is present, by `device.prepare()`. It answers five habits of megatron-core, the same in
 0.16.1 and 0.19.2:
 
 - `device="cuda"` and `Tensor.cuda()` (the token counter of pipeline_parallel/schedules.py, found_inf and the scale of
   optimizer/optimizer.py, clip_grads.py, dist_checkpointing/exchange_utils.py): read as the CPU;
 - `Tensor.type()` compared with "torch.cuda.FloatTensor" (optimizer.py, distrib_optimizer.py): given that prefix;
 - `torch.cuda.current_device()` given as a device, synchronize, streams, events: the CPU device, nothing to wait for;
-- the CUDA random state of tensor_parallel/random.py: torch's own CPU generator.
+- the CUDA random state of tensor_parallel/random.py: torch's own CPU generator;
+- uneven exchanges of rows between experts: split sizes as tensors, which transformer/moe/token_dispatcher.py turns into
+  numbers only where they lie on a GPU, and gathers of unequal parts (tensor_parallel/mappings.py), which the CPU's
+  backend lacks: padded to equal ones.
 
 Nothing of it changes a number (products are `onednn`'s business). A version of megatron-core that it was not checked
 with is refused.
@@ -116,8 +119,40 @@ def install() -> None:
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state, random._set_cuda_rng_state = _get_state(), _set_state()
+    _install_uneven_collectives()
     _installed = CudaOnCpu()
     _installed.__enter__()
+
+
+def _install_uneven_collectives() -> None:
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(rows, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return even_gather(rows, group, None, use_global_buffer)
+        parts = even_gather(_padded(rows, max(output_split_sizes)), group).chunk(group.size())
+        return torch.cat([part[:length] for part, length in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter(rows, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return even_scatter(rows, group, None, use_global_buffer)
+        longest = max(input_split_sizes)
+        parts = [_padded(part, longest) for part in rows.split(input_split_sizes)]
+        return even_scatter(torch.cat(parts), group)[: input_split_sizes[group.rank()]]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
+
+
+def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat((rows, rows.new_zeros(length - len(rows), *rows.shape[1:])))
+
+
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Megatron-core keeps its groups in a global (`parallel_state`); this module is th
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,7 +43,10 @@ class Mesh:
     """tensor x context x data x pipeline, megatron's order (tensor fastest).
 
     `replica` spans the tensor and pipeline ranks that hold one copy of the model; context ranks hold copies that share
-    the rows of the same microbatches; data ranks have microbatches of their own. `tokens` spans the same ranks as
+    the rows of the same microbatches; data ranks have microbatches of their own. `expert` ranks hold different experts
+    of a mixture, `expert_tensor` ranks different slices of the same ones: megatron's second grid over the ranks of a
+    pipeline stage (expert_tensor fastest, then expert), whatever those are in the first one. `experts` spans both: the
+    ranks that exchange rows in every mixture layer. `tokens` spans the same ranks as
     `pipeline` through a communicator of its own, for the sampler's tokens that travel against the hidden states.
     Each pipeline rank has `virtual` of the model's stages: see `stages`.
     """
@@ -56,6 +60,9 @@ class Mesh:
     data: Axis
     replica: Axis
     tokens: Axis
+    expert: Axis
+    expert_tensor: Axis
+    experts: Axis
     virtual: int
     groups: Any = field(repr=False, compare=False)  # megatron's ProcessGroupCollection of this layout
     _megatron: Mapping[str, Any] = field(repr=False, compare=False)  # parallel_state's globals under this layout
@@ -74,6 +81,21 @@ class Mesh:
     def stages(self) -> range:
         """Which of the model's stages this rank holds, in model order: rank, rank + pipeline, ..."""
         return range(self.pipeline.rank, self.pipeline.size * self.virtual, self.pipeline.size)
+
+    @property
+    def holders(self) -> Axis:
+        """Ranks that hold the whole model between them: a replica, or all where experts lie on other replicas."""
+        return self.replica if self.tensor.size % self.experts.size == 0 else self.world
+
+    @property
+    def in_step(self) -> Axis:
+        """Ranks that must run equally many forwards together because experts of each serve the others.
+
+        Those of a tensor group always do; `experts` joins several of them where it is as long as a few of them are.
+        """
+        if self.tensor.size % self.experts.size == 0:
+            return Axis(None, 0, 1)
+        return self.experts if self.experts.size % self.tensor.size == 0 else self.world
 
     def share(self, count: int) -> list[int]:
         """Which of a step's `count` prompts, by place, belong to this data-parallel rank: every size-th, so that each
@@ -117,6 +139,8 @@ def check_world(
     pipeline: int = 1,
     virtual_pipeline: int = 1,
     context: int = 1,
+    expert: int = 1,
+    expert_tensor: int | None = None,
     section: str = "parallel",
 ) -> None:
     """Raise ConfigError unless the ranks divide into whole model replicas of the recipe section's layout."""
@@ -126,6 +150,16 @@ def check_world(
         raise ConfigError(
             f"{world_size} ranks do not divide into replicas of {section}.tensor={tensor} x {section}.pipeline="
             f"{pipeline}{cut} = {replica} ranks; start {replica} ranks or a multiple, or change the layout"
+        )
+    slices = tensor if expert_tensor is None else expert_tensor
+    stage = world_size // pipeline
+    if stage % (slices * expert):
+        fits = [e for e in range(1, stage + 1) if stage % (slices * e) == 0]
+        either = math.lcm(replica, slices * expert * pipeline)
+        use = f"use {section}.expert in {fits}" if fits else f"{section}.expert_tensor must divide {stage}"
+        raise ConfigError(
+            f"the {stage} ranks of a pipeline stage do not divide into {section}.expert={expert} x "
+            f"{section}.expert_tensor={slices} = {slices * expert} ranks; {use}, or start {either} ranks or a multiple"
         )
 
 
@@ -175,12 +209,25 @@ def dissolve(mesh: Mesh) -> None:
                 dist.destroy_process_group(group)
 
 
-def _cut(device: torch.device, tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1) -> Mesh:
+def _cut(
+    device: torch.device,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int = 1,
+    context: int = 1,
+    expert: int = 1,
+    expert_tensor: int | None = None,
+) -> Mesh:
     from megatron.core import parallel_state as mpu
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     mpu.initialize_model_parallel(
-        tensor, pipeline, virtual_pipeline if virtual_pipeline > 1 else None, context_parallel_size=context
+        tensor,
+        pipeline,
+        virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=expert_tensor,
     )
     return Mesh(
         device=device,
@@ -192,6 +239,9 @@ def _cut(device: torch.device, tensor: int = 1, pipeline: int = 1, virtual_pipel
         data=_axis(mpu.get_data_parallel_group()),
         replica=_axis(mpu.get_model_parallel_group()),
         tokens=_axis(_twin_of_pipeline()),
+        expert=_axis(mpu.get_expert_model_parallel_group()),
+        expert_tensor=_axis(mpu.get_expert_tensor_parallel_group()),
+        experts=_axis(mpu.get_expert_tensor_and_model_parallel_group()),
         virtual=virtual_pipeline,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         _megatron=_globals(),

@@ -31,9 +31,9 @@ class _Row:
 
 @dataclass
 class _Flight:
-    """A row group with its live rows in slot order."""
+    """A row group with its live rows in slot order; group None: of other replicas alone, which this one serves."""
 
-    group: RowGroup
+    group: RowGroup | None
     rows: list[_Row]
 
 
@@ -78,8 +78,8 @@ class InProcessSampler:
         wave = max(1, self.max_rows // group_size)
         rows: list[_Row] = []
         with decoder.session():
-            for start in range(0, len(prompts), wave):
-                part = prompts[start : start + wave]
+            for n in range(decoder.agree(-(-len(prompts) // wave))):
+                part = prompts[n * wave : (n + 1) * wave]
                 more = [
                     _Row(n, uniforms(self.seed, step, prompt.index, c, self.max_tokens))
                     for n, prompt in enumerate(part)
@@ -92,12 +92,12 @@ class InProcessSampler:
         return [done[n : n + group_size] for n in range(0, len(done), group_size)]
 
     def _run(self, decoder: Decoder, prompts: Sequence[Prompt], rows: list[_Row]) -> None:
-        count = min(self.mesh.pipeline.size, len(rows))
+        count = decoder.agree(min(self.mesh.pipeline.size, len(rows)))
         cuts = [rows[len(rows) * g // count : len(rows) * (g + 1) // count] for g in range(count)]
         groups = decoder.start(
             [prompt.token_ids for prompt in prompts],
             [[row.prompt for row in cut] for cut in cuts],
-            [torch.stack([row.noise[0] for row in cut]).to(self.mesh.device) for cut in cuts],
+            [torch.stack([row.noise[0] for row in cut] or [torch.empty(())]).to(self.mesh.device) for cut in cuts],
             self.max_tokens,
         )
         flights = [_Flight(group, cut) for group, cut in zip(groups, cuts, strict=True)]
@@ -105,26 +105,34 @@ class InProcessSampler:
             flights = [flight for flight in flights if self._step(decoder, flight)]
 
     def _step(self, decoder: Decoder, flight: _Flight) -> bool:
-        """Take in what was drawn, let finished rows go, feed the others; False when none is left."""
-        drawn = decoder.drawn(flight.group).tolist()
+        """Take in what was drawn, let finished rows go, feed the others; False when none is left on any replica."""
+        group = flight.group
+        going = self._take(decoder.drawn(group).tolist(), group, flight) if group is not None and flight.rows else []
+        if not decoder.agree(len(going)):
+            return False
+        if group is None or not going:
+            decoder.idle()
+            return True
+        device = self.mesh.device
+        tokens = torch.tensor([row.token_ids[-1] for row in flight.rows], device=device)
+        noise = torch.stack([row.noise[len(row.token_ids)] for row in flight.rows]).to(device)
+        decoder.advance(group, tokens, noise)
+        return True
+
+    def _take(self, drawn: list[list[float]], group: RowGroup, flight: _Flight) -> list[_Row]:
+        """Give each row what was drawn for it; the rows that go on, in slot order."""
         for n, (row, (token, logprob, near)) in enumerate(zip(flight.rows, drawn, strict=True)):
             row.token_ids.append(int(token))
             row.logprobs.append(logprob)
             row.near += int(near)
             row.stopped = int(token) in self.stop
-            if flight.group.kept is not None:
-                row.kept.append(flight.group.kept[n])
+            if group.kept is not None:
+                row.kept.append(group.kept[n])
         going = [n for n, row in enumerate(flight.rows) if not row.stopped and len(row.token_ids) < self.max_tokens]
         if len(going) < len(flight.rows):
-            order = flight.group.cache.keep(going)
+            order = group.cache.keep(going)
             flight.rows = [flight.rows[n] for n in order]
-        if not going:
-            return False
-        device = self.mesh.device
-        tokens = torch.tensor([row.token_ids[-1] for row in flight.rows], device=device)
-        noise = torch.stack([row.noise[len(row.token_ids)] for row in flight.rows]).to(device)
-        decoder.advance(flight.group, tokens, noise)
-        return True
+        return flight.rows
 
     def _kept(self, rows: Sequence[_Row]) -> list[tuple[np.ndarray, ...]]:
         """What each token of each row was drawn from, put together from the slices of the last stage's ranks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grpo_mega.config import ParallelConfig, Recipe
 from grpo_mega.errors import ConfigError
-from grpo_mega.model.architecture import Architecture, check_layout, read_architecture
+from grpo_mega.model.architecture import Architecture, check_experts, check_layout, read_architecture
 from grpo_mega.model.layout import layers_per_stage, nearest_layouts
 from grpo_mega.parallel.mesh import check_world
 
@@ -13,6 +13,7 @@ def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
     """What can be refused within a second: the model folder, the layout, the world. Raises ConfigError."""
     arch = read_architecture(recipe.model.path)
     check_parallel(arch, recipe.parallel, world_size)
+    _check_mixture(arch, recipe)
     layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout)
     check_parallel(arch, sampling_layout(recipe), world_size, "sampling")
     if recipe.grpo.kl_coef > 0:
@@ -41,15 +42,34 @@ def check_parallel(arch: Architecture, parallel: ParallelConfig, world_size: int
 
 def _check_cut(arch: Architecture, parallel: ParallelConfig, world_size: int, section: str) -> None:
     check_layout(arch, parallel.tensor, parallel.stages, section)
+    check_experts(arch, parallel.tensor, parallel.expert, parallel.expert_tensor, section=section)
     check_world(world_size, **parallel.sizes, section=section)
+
+
+def _check_mixture(arch: Architecture, recipe: Recipe) -> None:
+    """Raise ConfigError unless the recipe's words about experts are about this model's."""
+    parallel = recipe.parallel
+    if not arch.num_experts:
+        for key, value in recipe.moe.model_dump(exclude_defaults=True).items():
+            raise ConfigError(
+                f"moe.{key}={value} is about a mixture of experts, and {arch.folder} is a "
+                f"{arch.raw['architectures'][0]}, which has none; leave it out"
+            )
+    elif parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} without parallel.sequence sends every row of a mixture of experts once "
+            "for each tensor rank, which megatron refuses in training; set parallel.sequence=true"
+        )
 
 
 def sampling_layout(recipe: Recipe) -> ParallelConfig:
     """The layout that completions are sampled under: training's, but for what `sampling` says of its own."""
     training, own = recipe.parallel, recipe.sampling
-    tensor, pipeline = own.tensor or training.tensor, own.pipeline or training.pipeline
-    if (tensor, pipeline) == (training.tensor, training.pipeline):
+    own_sizes = {
+        key: getattr(own, key) or getattr(training, key) for key in ("tensor", "pipeline", "expert", "expert_tensor")
+    }
+    if own_sizes == {key: getattr(training, key) for key in own_sizes}:
         return training.model_copy(
             update={"context": 1}
         )  # its ranks hold whole models: they sample prompts of their own
-    return ParallelConfig(tensor=tensor, pipeline=pipeline)
+    return ParallelConfig(**own_sizes)

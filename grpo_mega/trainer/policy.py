@@ -22,9 +22,10 @@ from grpo_mega.config import OptimizerConfig
 from grpo_mega.errors import GrpoMegaError
 from grpo_mega.model.attention import PackedRows, Rows
 from grpo_mega.model.context import ContextRows
+from grpo_mega.model.experts import Routing
 from grpo_mega.model.optimizer import build_optimizer, settle, wrap_for_training
 from grpo_mega.model.specs import ModelParts
-from grpo_mega.parallel import vocab
+from grpo_mega.parallel import collectives, vocab
 from grpo_mega.parallel.context import in_rows, places_of
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.types import Mean, Metrics, Microbatch, TokenBatch, add_metrics
@@ -96,10 +97,15 @@ class Scorer:
         if context.size > 1:
             batch = batch.part(places_of(batch.rows, context).to(batch.input_ids.device))
         cos, sin = self.model.rope(batch.position_ids)
+        routing = self._routing(batch)
         segments = tuple(batch.cu_seqlens.diff().tolist()), batch.prefixes
         if context.size > 1:
-            return batch, ContextRows(cos, sin, *segments, context)
-        return batch, PackedRows(cos, sin, *segments)
+            return batch, ContextRows(cos, sin, *segments, context, routing)
+        return batch, PackedRows(cos, sin, *segments, routing)
+
+    def _routing(self, batch: Microbatch) -> Routing | None:
+        """What a mixture's routers are told of this rank's rows; a reference's choose for themselves."""
+        return None
 
     def _head(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> dict[str, Any]:
         """What the vocab-parallel operators are given.  hidden [T or T / tp, 1, H]; rows [n]: the trained ones."""
@@ -129,8 +135,12 @@ class Policy(Scorer):
         num_steps: int,
         *,
         overlap: bool = False,
+        replays: bool = False,
     ):
+        """replays: updates choose a mixture's experts as the last `logprobs` of their microbatches did (Routing Replay,
+        arXiv:2507.18071, section 5.3)."""
         super().__init__(model, vocab_size, mesh, temperature)
+        self._replays, self._records, self._row_weight = replays, False, 0.0
         self.buffers = self._entry = wrap_for_training(model, mesh, distributed=settings.distributed, overlap=overlap)
         self.optimizer, self.scheduler = build_optimizer(self.buffers, settings, num_steps)
 
@@ -146,6 +156,28 @@ class Policy(Scorer):
     @property
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
+
+    def logprobs(self, batches: Sequence[Microbatch], tick: Tick = silent) -> list[Tensor | None]:
+        self._records = self._replays
+        try:
+            return super().logprobs(batches, tick)
+        finally:
+            self._records = False
+
+    def _routing(self, batch: Microbatch) -> Routing | None:
+        if not self.model.config.num_moe_experts:
+            return None
+        chosen = batch.routes if self._replays and (self._records or batch.routes) else None
+        return Routing(batch.segment_ids >= 0, self._row_weight, chosen, self._records)
+
+    def _weight_of_rows(self, batches: Sequence[Microbatch]) -> float:
+        """R / V, all rows of an update over those that are no padding: what auxiliary losses are multiplied with."""
+        config = self.model.config
+        if not config.num_moe_experts or not (config.moe_aux_loss_coeff or config.moe_z_loss_coeff):
+            return 0.0
+        mine = sum(batch.rows for batch in batches), sum(int(batch.cu_seqlens[-1]) for batch in batches)
+        rows, real = (collectives.sum_int(count, self.mesh.data.group, self.mesh.device) for count in mine)
+        return rows / max(1, real)
 
     def gradients(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = silent) -> Metrics:
         """Fill the gradient buffers with the gradient of the batches' loss; metrics on the last stage, {} elsewhere.
@@ -170,6 +202,7 @@ class Policy(Scorer):
             placeholder = vocab.one_sweep_loss(**head, objective=of_chunk, report=report)
             return placeholder, torch.tensor(batch.rows, dtype=torch.int, device=placeholder.device), metrics
 
+        self._row_weight = self._weight_of_rows(batches)
         for part in self.buffers:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FREE_SECTIONS = ("parallel",)
 FREE_KEYS = {
     *(("run", key) for key in ("directory", "num_steps", "save_every", "evaluate_every")),
-    *(("sampling", key) for key in ("max_rows", "tensor", "pipeline")),
+    *(("sampling", key) for key in ("max_rows", "tensor", "pipeline", "expert", "expert_tensor")),
     *(("batch", key) for key in ("tokens_per_microbatch", "fixed_rows")),
     ("model", "recompute"),
     *(("reference", key) for key in ("tensor", "pipeline", "context", "sequence", "offload")),

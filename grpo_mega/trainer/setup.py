@@ -95,7 +95,9 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
 def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) -> Run:
     """Load policy and (with a KL term) reference onto the mesh, and put the sampler on the policy's weights."""
     arch, dtype = inputs.arch, DTYPES[recipe.precision.dtype]
-    model = build_model(arch, mesh, recipe.parallel, dtype=dtype, recompute=recipe.model.recompute, tick=progress.tick)
+    model = build_model(
+        arch, mesh, recipe.parallel, dtype=dtype, recompute=recipe.model.recompute, moe=recipe.moe, tick=progress.tick
+    )
     policy = Policy(
         model,
         arch.vocab_size,
@@ -104,6 +106,7 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         recipe.optimizer,
         recipe.run.num_steps,
         overlap=recipe.parallel.overlap,
+        replays=recipe.moe.routing_replay,
     )
     if dtype == torch.bfloat16:
         fine = bridge.tensors(model, arch, bridge.Place.of(mesh, inputs.layers), torch.float32)

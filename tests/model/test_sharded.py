@@ -1,8 +1,8 @@
 """However the model is cut, log-probs and the gradient of every parameter are those of transformers in one process.
 
-The reference is transformers' LlamaForCausalLM in float64, one sequence at a time, differentiated by autograd. Against
-it stand packed microbatches (one of them a group that shares its prompt's rows) under every kind of layout, each rank's
-gradients put back under their Hugging Face names by the bridge's table.
+The reference is transformers' LlamaForCausalLM or MixtralForCausalLM in float64, one sequence at a time, differentiated
+by autograd. Against it stand packed microbatches (one of them a group that shares its prompt's rows) under every kind
+of layout, each rank's gradients put back under their Hugging Face names by the bridge's table.
 """
 
 from __future__ import annotations
@@ -12,18 +12,27 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+from sharded import (
+    TEMPERATURE,
+    gradients_of,
+    hugging_face,
+    load_in_float64,
+    objective,
+    samples,
+    token_loss,
+    whole,
+)
 
 from grpo_mega.config import OptimizerConfig, ParallelConfig
 from grpo_mega.data.packing import pack
 from grpo_mega.parallel.mesh import initialize
-from grpo_mega.types import Sample
 
-TEMPERATURE, ENTROPY = 0.8, 0.3
 ROWS = 32  # of a microbatch; two of them: 1 / 64 is exact in megatron's float32 scale
 MODELS = {  # 12 query heads, 5 layers
     "tied": {"tied": True},
     "untied": {"tied": False},
     "few": {"tied": False, "num_key_value_heads": 2},  # fewer key-value heads than tensor ranks
+    "mixture": {"tied": False, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
 }
 
 
@@ -39,6 +48,8 @@ class Layout:
     virtual: int = 1
     context: int = 1
     overlap: bool = False
+    expert: int = 1
+    expert_tensor: int | None = None
 
     @property
     def world(self) -> int:
@@ -46,6 +57,8 @@ class Layout:
 
     def __str__(self) -> str:
         axes = f"{self.model}-tp{self.tensor}-pp{self.pipeline}x{self.virtual}-cp{self.context}-dp{self.data}"
+        if self.model == "mixture":
+            axes += f"-ep{self.expert}-etp{self.expert_tensor or self.tensor}"
         return axes + "-sequence" * self.sequence + f"-{self.recompute}" + "-overlap" * self.overlap
 
 
@@ -79,37 +92,28 @@ LAYOUTS = (
     Layout("untied", pipeline=2, context=2, recompute="full"),
     Layout("tied", pipeline=2, virtual=2, context=2, overlap=True),
     Layout("untied", tensor=2, pipeline=2, virtual=2, sequence=True),
+    Layout("mixture"),
+    Layout("mixture", recompute="full"),
+    Layout("mixture", tensor=2, sequence=True),
+    Layout("mixture", tensor=2, sequence=True, expert_tensor=1),
+    Layout("mixture", tensor=2, sequence=True, expert=2, expert_tensor=1, recompute="full"),
+    Layout("mixture", data=2),
+    Layout("mixture", data=2, expert=2),
+    Layout("mixture", data=2, expert=2, recompute="full", overlap=True),
+    Layout("mixture", data=2, expert_tensor=2),
+    Layout("mixture", context=2, expert=2),
+    Layout("mixture", tensor=2, data=2, sequence=True, expert=2),
+    Layout("mixture", tensor=2, data=2, sequence=True, expert=4, expert_tensor=1),
+    Layout("mixture", tensor=2, data=2, sequence=True, expert=2, expert_tensor=1, recompute="full"),
+    Layout("mixture", tensor=2, context=2, sequence=True, expert=2),
+    Layout("mixture", pipeline=2, data=2, expert=2),
+    Layout("mixture", pipeline=2, virtual=2, context=2, expert=2, recompute="full"),
+    Layout("mixture", context=2, data=2, expert=4),
+    Layout("mixture", context=2, data=2, expert=2, expert_tensor=2),
 )
 
 
-def samples():
-    """Two completions of one prompt, then two other sequences: prompt and completion lengths, advantage."""
-    generator = torch.Generator().manual_seed(11)
-    draw = lambda n: tuple(torch.randint(tiny.VOCABULARY, (n,), generator=generator).tolist())  # noqa: E731
-    prompts = [draw(6)] * 2 + [draw(3), draw(1)]
-    made = []
-    for order, (prompt, length, advantage) in enumerate(
-        zip(prompts, (7, 9, 12, 5), (1.5, -0.7, 0.9, -1.2), strict=True)
-    ):
-        coefficients = torch.randn(length, generator=generator).tolist()  # in the place of sampler log-probs
-        made.append(Sample(
-            order=order, group=max(order - 1, 0), prompt_tokens=len(prompt), token_ids=prompt + draw(length),
-            loss_mask=(False,) * len(prompt) + (True,) * length,
-            sampler_logprobs=(0.0,) * len(prompt) + tuple(coefficients), advantage=advantage, weight=0.1 * (order + 1),
-        ))  # fmt: skip
-    return made
-
-
-def token_loss(logprobs, entropies, weights, advantages, coefficients):
-    """A fixed weighted sum: every token's log-prob and entropy with a weight of its own."""
-    return (weights * (advantages * coefficients * logprobs + ENTROPY * entropies)).sum()
-
-
 # ---- on the ranks
-
-
-def objective(logprobs, entropies, batch):
-    return token_loss(logprobs, entropies, batch.loss_weights, batch.advantages, batch.sampler_logprobs), {}
 
 
 def answers(folders, layouts, dtype):
@@ -129,7 +133,8 @@ def answer(folder, layout, dtype):
     parallel_state.destroy_model_parallel()  # of the layout before
     parallel = ParallelConfig(
         tensor=layout.tensor, pipeline=layout.pipeline, virtual_pipeline=layout.virtual, context=layout.context,
-        sequence=layout.sequence, pipeline_layout=layout.stages,
+        sequence=layout.sequence, pipeline_layout=layout.stages, expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
     )  # fmt: skip
     mesh = initialize(**parallel.sizes)
     arch = read_architecture(folder)
@@ -150,35 +155,7 @@ def answer(folder, layout, dtype):
     return {"data": mesh.data.rank, "logprobs": trained, "loss": loss, "gradients": hugging_face(model, arch, place)}
 
 
-def hugging_face(model, arch, place):
-    """This rank's gradients as parts of Hugging Face tensors: (name, dim, source, values)."""
-    from grpo_mega.model.bridge import pieces
-
-    parameters, found = dict(model.named_parameters()), []
-    for name, parts in pieces(arch, place):
-        gradient = parameters.pop(name).main_grad.double()
-        rest = gradient.clone()
-        for piece in parts:
-            found.append((piece.name, piece.dim, piece.source, gradient.narrow(piece.dim, piece.start, piece.length)))
-            rest.narrow(piece.dim, piece.start, piece.length).zero_()
-        assert torch.count_nonzero(rest) == 0, f"{name}: a gradient where there is no weight"
-    assert not parameters
-    return found
-
-
 # ---- in the parent
-
-
-def whole(by_rank, wanted):
-    """Full tensors from every rank's parts. Where two ranks hold the same part they must hold the same bits."""
-    full = {name: torch.full_like(tensor, float("nan")) for name, tensor in wanted.items()}
-    for rank in by_rank:
-        for name, dim, source, values in rank["gradients"]:
-            part = full[name].narrow(dim, source, values.shape[dim])
-            held = ~part.isnan()
-            assert torch.equal(part[held], values[held]), f"{name}: copies on several ranks differ"
-            part.copy_(values)
-    return full
 
 
 @pytest.fixture(scope="module")
@@ -206,21 +183,7 @@ def by_transformers(folder):
         )
     loss.backward()
     pairs = [torch.cat(logprobs[i : i + 2]).detach() for i in (0, 2)]
-    return pairs, loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def load_in_float64(folder):
-    """transformers' model; its norms round to float32, so torch's take their place."""
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(folder).double()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
-                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
-                norm.weight = child.weight
-                setattr(module, name, norm)
-    return model
+    return pairs, loss.item(), gradients_of(model)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])

@@ -14,6 +14,7 @@ import torch
 
 from grpo_mega.config import ParallelConfig
 from grpo_mega.data.packing import pack
+from grpo_mega.parallel.collectives import max_int
 from grpo_mega.parallel.mesh import initialize
 from grpo_mega.rollout.noise import uniforms
 from grpo_mega.types import Prompt, Sample
@@ -36,7 +37,9 @@ class Case:
     order: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the prompts
     top_k: int = 0
     top_p: float = 1.0
-    own: tuple[int, int] | None = None  # tensor and pipeline ranks of a copy to sample from
+    own: tuple[int, ...] | None = None  # tensor, pipeline (and expert) ranks of a copy to sample from
+    expert: int = 1
+    expert_tensor: int | None = None
     virtual: int = 1
     context: int = 1  # ranks that are data ranks in sampling
 
@@ -90,6 +93,16 @@ CASES = (
     Case(pipeline=2, virtual=2, stages=(1, 2, 1, 1), own=(2, 1), temperature=0.7),
     Case(tensor=2, context=2, sequence=True),
     Case(pipeline=2, virtual=2, context=2, max_rows=7, order=(3, 0, 4, 1, 2), **BOTH),
+    Case("mixture"),
+    Case("mixture", data=2, expert=2),  # three prompts and two
+    Case("mixture", data=2, expert=2, max_rows=3),  # three waves and two
+    Case("mixture", data=2, expert_tensor=2, order=(3, 0, 4, 1, 2)),
+    Case("mixture", tensor=2, expert=2, expert_tensor=1),
+    Case("mixture", data=2, expert=2, own=(2, 1, 1)),
+    Case("mixture", tensor=2, sequence=True, own=(1, 1, 2)),
+    Case("mixture", pipeline=2, data=2, expert=2, max_rows=7),
+    Case("mixture", tensor=2, data=2, sequence=True, expert=2),
+    Case("mixture", data=4, expert=4, order=(3, 0, 4, 1, 2)),
 )
 
 
@@ -126,13 +139,13 @@ def sample(folder, case, dtype):
     arch = read_architecture(folder)
     parallel = ParallelConfig(
         tensor=case.tensor, pipeline=case.pipeline, virtual_pipeline=case.virtual, context=case.context,
-        sequence=case.sequence, pipeline_layout=case.stages,
+        sequence=case.sequence, pipeline_layout=case.stages, expert=case.expert, expert_tensor=case.expert_tensor,
     )  # fmt: skip
     mesh = initialize(**parallel.sizes)
     model = build_model(arch, mesh, parallel, dtype=dtype).eval()
     current, weights = mesh, lambda: model
     if case.own:
-        layout = ParallelConfig(tensor=case.own[0], pipeline=case.own[1])
+        layout = ParallelConfig(**dict(zip(("tensor", "pipeline", "expert"), case.own, strict=False)))
         current = another_layout(mesh, **layout.sizes)
         with current.active():
             copy = build_model(arch, current, layout, dtype=dtype, loaded=False).eval()
@@ -161,9 +174,12 @@ def sample(folder, case, dtype):
     batches = [
         pack([bundle(*pair)], 64, scale=1.0, dtype=dtype, device="cpu") for pair in zip(mine, groups, strict=True)
     ]
-    whole = batches + batches[-1:] * (-len(batches) % case.pipeline)  # rounds of an interleaved pipeline
-    scores = Scorer(model, arch.vocab_size, mesh, case.temperature).logprobs(whole)[: len(batches)]
+    # a mixture's ranks score equally many, an interleaved pipeline whole rounds, as the trainer's do
+    count = -(-max_int(len(batches), mesh.data.group) // case.pipeline) * case.pipeline
+    batches += [pack([], 64, scale=1.0, dtype=dtype, device="cpu")] * (count - len(batches))
+    scores = Scorer(model, arch.vocab_size, mesh, case.temperature).logprobs(batches)
     scores = [s if s is None else s[b.loss_weights != 0].tolist() for s, b in zip(scores, batches, strict=True)]
+    scores = scores[: len(mine)]
     return {
         "groups": {prompt.index: group for prompt, group in zip(mine, groups, strict=True)},
         "scores": scores if mesh.pipeline.last else None,
@@ -191,7 +207,8 @@ def bundle(prompt, group):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     few = tiny.make_model(root / "few", tied=False, num_key_value_heads=2)  # fewer than tensor ranks
-    return {"tied": tiny.make_model(root / "tied"), "few": few}
+    mixture = tiny.make_model(root / "mixture", tied=False, num_local_experts=4, intermediate_size=32)
+    return {"tied": tiny.make_model(root / "tied"), "few": few, "mixture": mixture}
 
 
 DTYPES = pytest.mark.parametrize(
@@ -233,9 +250,8 @@ def test_no_layout_changes_a_completion(ranks, folders, alone, world, dtype, tol
 def same(group, wanted, tolerance, case):
     for mine, theirs in zip(group, wanted, strict=True):
         assert mine.token_ids == theirs.token_ids, case
-        assert (
-            (mine.kept is None) == (theirs.kept is None) == (case.what in (Case(), Case("few"), Case(temperature=0.7)))
-        )
+        untruncated = (Case(), Case("few"), Case("mixture"), Case(temperature=0.7))
+        assert (mine.kept is None) == (theirs.kept is None) == (case.what in untruncated)
         for sets in zip(mine.kept or (), theirs.kept or (), strict=True):
             assert sets[0].tolist() == sets[1].tolist(), case
         assert mine.sampler_logprobs == pytest.approx(theirs.sampler_logprobs, abs=tolerance), case

@@ -1,0 +1,388 @@
+"""Mixtures of experts: auxiliary losses, replayed routing, the norm that clips, checkpoints, and what is refused.
+
+Log-probs, gradients and completions under every layout stand with the other models', in test_sharded and test_sampler.
+The reference is transformers' MixtralForCausalLM in float64, differentiated by autograd, with the losses written out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from sharded import (
+    TEMPERATURE,
+    choose,
+    gradients_of,
+    hugging_face,
+    load_in_float64,
+    objective,
+    samples,
+    token_loss,
+    whole,
+)
+
+from grpo_mega.config import MoeConfig, OptimizerConfig, ParallelConfig, validate_recipe
+from grpo_mega.data.packing import pack
+from grpo_mega.errors import ConfigError
+from grpo_mega.model.architecture import check_experts, read_architecture
+from grpo_mega.parallel.mesh import check_world, initialize
+from grpo_mega.trainer.check import check_cheaply
+
+ROWS = 32  # of a microbatch; two of them
+MOE = MoeConfig(aux_loss_coef=0.3, z_loss_coef=0.05)
+SETTINGS = {"lr": 1e-2, "eps": 1e-2, "clip_grad": 0.5}  # eps: a step that follows the gradient, not only its sign
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    recompute: str = "none"
+    distributed: bool = False
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor=self.tensor, pipeline=self.pipeline, context=self.context, sequence=self.tensor > 1,
+            expert=self.expert, expert_tensor=self.expert_tensor,
+        )  # fmt: skip
+
+
+LAYOUTS = {
+    1: (Layout(), Layout(recompute="full")),
+    2: (
+        Layout(tensor=2),
+        Layout(tensor=2, expert=2, expert_tensor=1, recompute="full"),
+        Layout(context=2, expert=2),
+        Layout(data=2, expert=2),
+        Layout(pipeline=2),
+    ),
+}
+
+
+# ---- on the ranks
+
+
+@dataclass
+class Built:
+    mesh: object
+    arch: object
+    policy: object
+    place: object
+    layers: tuple[int, ...]
+    batches: list
+
+
+def built(folder, layout, dtype, *, moe=None, replays=False):
+    """A policy, and this rank's microbatches: every sample a segment of its own, two in each microbatch."""
+    from megatron.core import parallel_state
+
+    from grpo_mega.model.bridge import Place
+    from grpo_mega.model.build import build_model
+    from grpo_mega.model.layout import layers_per_stage
+    from grpo_mega.trainer.policy import Policy
+
+    parallel_state.destroy_model_parallel()  # of the layout before
+    mesh = initialize(**layout.parallel.sizes)
+    arch = read_architecture(folder)
+    model = build_model(arch, mesh, layout.parallel, dtype=dtype, recompute=layout.recompute, moe=moe)
+    settings = OptimizerConfig(**SETTINGS, distributed=layout.distributed)
+    policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, settings, num_steps=4, replays=replays)
+    layers = layers_per_stage(arch, layout.pipeline)
+    s = samples()
+    batches = [pack([[a], [b]], ROWS, scale=2 * ROWS, dtype=dtype, device=mesh.device) for a, b in (s[:2], s[2:])]
+    mine = batches[mesh.data.rank % 2 :: min(mesh.data.size, 2)]  # of four data ranks two see what others see
+    return Built(mesh, arch, policy, Place.of(mesh, layers), layers, mine)
+
+
+def with_losses(folder, layouts):
+    """The gradients of each layout with both auxiliary losses."""
+    found = []
+    for layout in layouts:
+        run = built(folder, layout, torch.float64, moe=MOE)
+        run.policy.gradients(run.batches, objective)
+        found.append({"gradients": hugging_face(run.policy.model, run.arch, run.place)})
+    return found
+
+
+def turn_routers(model):
+    """Make the least likely experts the likeliest."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("router.weight", "mlp.gate.weight")):
+                parameter.neg_()
+
+
+def after_a_turn(folder, layouts):
+    """Gradients once routers have turned since the log-probs: with replay and without; choices before and after."""
+    from grpo_mega.model.experts import TopRouter
+
+    found = []
+    for layout in layouts:
+        answer = {}
+        for replays in (True, False):
+            run = built(folder, layout, torch.float64, replays=replays)
+            routers = [module for module in run.policy.model.modules() if isinstance(module, TopRouter)]
+            seen = []
+            for router in routers:
+                router.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[1]))
+            run.policy.logprobs(run.batches)
+            before = len(seen)
+            turn_routers(run.policy.model)
+            run.policy.gradients(run.batches, objective)
+            assert all(bool(batch.routes) == replays for batch in run.batches)
+            # full recompute runs a microbatch's routers again, last layer first
+            same = [any(torch.equal(new, old) for old in seen[:before]) for new in seen[before:]]
+            answer[replays] = {"gradients": hugging_face(run.policy.model, run.arch, run.place)}, same, before
+        found.append(answer)
+    return found
+
+
+def updated(folder, layouts, scratch):
+    """The gradient norm of one update under each layout, and the folder of its weights."""
+    from grpo_mega.model import bridge
+
+    norms = []
+    for n, layout in enumerate(layouts):
+        run = built(folder, layout, torch.float32)
+        run.policy.begin_step()
+        metrics = run.policy.update(run.batches, objective)
+        bridge.export(run.policy.settled(), run.arch, run.mesh, run.layers, scratch / str(n))
+        norms.append(metrics["grad_norm"].total if run.mesh.pipeline.last else None)
+    return norms
+
+
+def saved(folder, layout, directory):
+    from grpo_mega.trainer import checkpoint
+
+    run = built(folder, layout, torch.float32)
+    run.policy.begin_step()
+    run.policy.update(run.batches, objective)
+    checkpoint.save(directory, 1, run.policy, {"step": 1}, run.mesh)
+
+
+def resumed(folder, layout, directory, destination):
+    """The weights after the checkpoint's update and another one."""
+    from grpo_mega.model import bridge
+    from grpo_mega.trainer import checkpoint
+
+    run = built(folder, layout, torch.float32)
+    if directory is None:  # without an interruption
+        run.policy.begin_step()
+        run.policy.update(run.batches, objective)
+    else:
+        checkpoint.load(checkpoint.latest(directory), run.policy)
+    run.policy.begin_step()
+    run.policy.update(run.batches, objective)
+    bridge.export(run.policy.settled(), run.arch, run.mesh, run.layers, destination)
+
+
+# ---- in the parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "mixture"
+    return tiny.make_model(
+        path, tied=False, num_hidden_layers=2, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2
+    )
+
+
+def by_transformers(folder, *, turn=False, forced=False, moe=None):
+    """Gradients of the samples' loss; turn: with turned routers; forced: but the experts of the unturned ones."""
+    model, scores, experts, given = load_in_float64(folder), [], [], None
+    routers = [module for module in model.modules() if type(module).__name__ == "MixtralTopKRouter"]
+
+    def watched(router, hidden):
+        if given is not None:
+            values, chosen = torch.nn.functional.linear(hidden.flatten(0, -2), router.weight), next(given)
+            return values, values.gather(1, chosen).softmax(dim=1), chosen
+        answer = choose(router, hidden)
+        scores.append(answer[0])
+        experts.append(answer[2])
+        return answer
+
+    for router in routers:
+        router.forward = partial(watched, router)
+    if forced:
+        forward(model)
+        given = iter(experts)
+    if turn:
+        turn_routers(model)
+    loss = forward(model)
+    if moe is not None:
+        loss = loss + auxiliary(scores, len(routers), moe)
+    loss.backward()
+    return gradients_of(model)
+
+
+def forward(model):
+    loss = torch.zeros((), dtype=torch.float64)
+    for sample in samples():
+        tokens = torch.tensor(sample.token_ids)
+        logp = torch.log_softmax(model(tokens[None, :-1]).logits[0] / TEMPERATURE, dim=1)[sample.prompt_tokens - 1 :]
+        taken = logp.gather(1, tokens[sample.prompt_tokens :, None])[:, 0]
+        coefficients = torch.tensor(sample.sampler_logprobs[sample.prompt_tokens :], dtype=torch.float64)
+        entropies = -(logp.exp() * logp).sum(dim=1)
+        loss = loss + token_loss(taken, entropies, sample.weight, sample.advantage, coefficients)
+    return loss
+
+
+def auxiliary(scores, layers, moe):
+    """Both losses, from every sequence's and layer's scores: sequences 0, 1 are one microbatch, 2, 3 the other."""
+    rows = sum(len(s) for s in scores[::layers])
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in range(layers):
+        for pair in (0, 2):
+            s = torch.cat([scores[pair * layers + layer], scores[(pair + 1) * layers + layer]])
+            share = torch.zeros(4, dtype=torch.float64)
+            for experts in s.topk(2).indices.tolist():
+                for expert in experts:
+                    share[expert] += 1 / (2 * len(s))
+            balance = 4 * sum(share[e] * s.softmax(dim=1)[:, e].mean() for e in range(4))
+            total = total + moe.aux_loss_coef * len(s) / rows * balance
+            total = total + moe.z_loss_coef * (s.logsumexp(dim=1) ** 2).sum() / rows
+    return total
+
+
+def near(by_rank, wanted, tolerance=1e-10):
+    """The largest error of any tensor, against its largest number."""
+    found = whole(by_rank, wanted)
+    return max(float((found[n] - w).abs().max() / w.abs().max()) for n, w in wanted.items()) <= tolerance
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_auxiliary_losses_are_means_over_real_rows_under_every_layout(ranks, folder, world):
+    wanted, plain = by_transformers(folder, moe=MOE), by_transformers(folder)
+    by_rank = ranks(world, with_losses, folder, LAYOUTS[world], timeout=200)
+    for n, layout in enumerate(LAYOUTS[world]):
+        assert near([rank[n] for rank in by_rank], wanted), layout
+    for name in wanted:  # both losses reach everything below the last layer's router, and change what they reach
+        last = name.startswith(("lm_head", "model.norm")) or "layers.1.block_sparse_moe.experts" in name
+        error = float((wanted[name] - plain[name]).abs().max() / plain[name].abs().max())
+        assert error == 0 if last else error > 1e-3, name
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_replayed_routing_is_that_of_the_old_log_probs(ranks, folder, world):
+    replayed = by_transformers(folder, turn=True, forced=True)
+    free = by_transformers(folder, turn=True)
+    answers = ranks(world, after_a_turn, folder, LAYOUTS[world], timeout=200)
+    for n, layout in enumerate(LAYOUTS[world]):
+        for replays, wanted, other in ((True, replayed, free), (False, free, replayed)):
+            by_rank = [rank[n][replays][0] for rank in answers]
+            assert near(by_rank, wanted) and not near(by_rank, other, 1e-3), (layout, replays)
+            for rank in answers:
+                _, same, before = rank[n][replays]
+                again = 2 if layout.recompute == "full" else 1
+                assert len(same) == again * before and (all(same) if replays else not any(same)), layout
+
+
+def test_the_norm_that_clips_and_the_update_are_the_same_under_every_layout(ranks, folder, tmp_path):
+    wanted = math.sqrt(sum(float(g.square().sum()) for g in by_transformers(folder).values()))
+    assert wanted > 2 * SETTINGS["clip_grad"]
+    layouts = {
+        1: [Layout(), Layout(distributed=True)],
+        2: [
+            Layout(data=2, expert=2),
+            Layout(data=2, expert=2, distributed=True),
+            Layout(data=2, expert_tensor=2),
+            Layout(tensor=2, expert_tensor=1),
+            Layout(tensor=2, expert_tensor=1, distributed=True),
+            Layout(tensor=2, expert=2, expert_tensor=1),
+            Layout(pipeline=2),
+        ],
+        4: [Layout(tensor=2, data=2, expert=2, distributed=True), Layout(pipeline=2, data=2, expert=2)],
+    }
+    for world, several in layouts.items():
+        by_rank = ranks(world, updated, folder, several, tmp_path / str(world), timeout=200)
+        for n, layout in enumerate(several):
+            norms = [rank[n] for rank in by_rank if rank[n] is not None]
+            assert norms == pytest.approx([wanted] * len(norms), rel=2e-6), layout
+            same(tmp_path / str(world) / str(n), tmp_path / "1" / "0", layout)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "1" / "0"))
+    assert all((before[name] - after[name]).abs().max() > 1e-5 for name in before)
+
+
+def same(folder, wanted, what):
+    found, wanted = (load_file(f / "model.safetensors") for f in (folder, wanted))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-6, msg=f"{what}: {name}")
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_another_layout_resumes(ranks, folder, tmp_path, distributed):
+    """Saved with experts on two data ranks; gone on with on one rank, on two tensor ranks, and on two of each."""
+    ranks(2, saved, folder, Layout(data=2, expert=2, distributed=distributed), tmp_path, timeout=200)
+    ranks(1, resumed, folder, Layout(), None, tmp_path / "whole", timeout=100)
+    layouts = [Layout(), Layout(tensor=2, expert=2, expert_tensor=1), Layout(tensor=2, expert_tensor=2)]
+    for n, layout in enumerate(layouts):
+        layout = Layout(**{**vars(layout), "distributed": distributed})
+        ranks(layout.tensor, resumed, folder, layout, tmp_path, tmp_path / str(n), timeout=100)
+        same(tmp_path / str(n), tmp_path / "whole", layout)
+
+
+# ---- what is refused
+
+
+def test_layouts_that_cannot_divide_the_experts(folder, tmp_path):
+    arch = read_architecture(folder)
+    assert (arch.num_experts, arch.experts_per_token, arch.expert_ffn_size) == (4, 2, 32)
+    check_experts(arch, tensor=2, expert=4, expert_tensor=None)
+    with pytest.raises(
+        ConfigError, match=r"parallel.expert=3 does not divide the model's 4 experts; use expert in \[1,"
+    ):
+        check_experts(arch, 1, 3, None)
+    with pytest.raises(
+        ConfigError, match=r"expert_tensor=6 does not divide an expert's 32 feed-forward channels; use 2"
+    ):
+        check_experts(arch, 1, 1, 6)
+    dense = read_architecture(tiny.make_model(tmp_path / "dense", num_hidden_layers=1))
+    with pytest.raises(
+        ConfigError, match=r"parallel.expert=2 divides experts, and .* is a LlamaForCausalLM, which has"
+    ):
+        check_experts(dense, 1, 2, None)
+
+
+def test_worlds_that_do_not_divide_into_expert_ranks():
+    check_world(4, tensor=2, expert=4, expert_tensor=1)
+    rule = r"the 4 ranks of a pipeline stage do not divide into parallel.expert=4 x parallel.expert_tensor=2 = 8 ranks"
+    with pytest.raises(ConfigError, match=rule + r"; use parallel.expert in \[1, 2\], or start 16 ranks or a multiple"):
+        check_world(8, tensor=2, pipeline=2, expert=4)
+    with pytest.raises(ConfigError, match=r"sampling.expert_tensor must divide 2, or start 3 ranks or a multiple"):
+        check_world(2, expert_tensor=3, section="sampling")
+
+
+@pytest.mark.parametrize(
+    ("mixture", "sections", "words"),
+    [
+        (
+            True,
+            {"parallel": {"tensor": 2}},
+            "parallel.tensor=2 without parallel.sequence .* set parallel.sequence=true",
+        ),
+        (
+            False,
+            {"moe": {"z_loss_coef": 0.1}},
+            "moe.z_loss_coef=0.1 is about a mixture .* LlamaForCausalLM, which has no",
+        ),
+        (False, {"parallel": {"expert": 2}}, "parallel.expert=2 divides experts"),
+        (True, {"sampling": {"expert": 3}}, "sampling.expert=3 does not divide the model's 4 experts"),
+        (True, {"moe": {"routing_replay": True}}, "moe.routing_replay=true would never be used"),
+        (True, {"moe": {"capacity_factor": 1.0}}, "moe.capacity_factor"),
+    ],
+)
+def test_recipes_that_are_refused(folder, tmp_path, mixture, sections, words):
+    path = folder if mixture else tiny.make_model(tmp_path / "dense", num_hidden_layers=1)
+    tree = {"model": {"path": str(path)}, "data": {"jsonl": "x", "heldout": 0}, "run": {"directory": "y"}}
+    with pytest.raises(ConfigError, match=words):
+        check_cheaply(validate_recipe({**tree, **sections}), 4)
