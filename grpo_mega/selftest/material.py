@@ -32,7 +32,7 @@ def write_model(folder: Path, kind: str) -> Path:
     tensors = {}
     for name, shape in bridge.shapes(read_architecture(folder)).items():
         noise = torch.randn(shape, generator=generator)
-        tensors[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.2 * noise
+        tensors[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.12 * noise
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

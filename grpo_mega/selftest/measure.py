@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,14 +120,17 @@ def _pieces(run: Run, values: dict[str, Tensor]) -> Parts:
     ]
 
 
+Squares = dict[tuple[str, int], float]  # tensor, first index of a slice -> squared error of the slice over squared norm
+
+
 @dataclass
 class Difference:
     """How far a rank's answer is from the one process'; adds over ranks by `worst_of`."""
 
     logprob: float = 0.0  # of the largest, policy's and reference's before the first update
     loss: float = 0.0  # of the largest of the updates'
-    gradients: dict[str, float] = field(default_factory=dict)  # by tensor: largest error over largest value
-    parameters: dict[str, float] = field(default_factory=dict)
+    gradients: Squares = field(default_factory=dict)
+    parameters: Squares = field(default_factory=dict)
     same: int = 0  # completions
     drawn: int = 0
     near: int = 0  # draws near a boundary
@@ -156,24 +160,29 @@ def difference(mine: Answer, one: Answer) -> Difference:
     return result
 
 
-def _errors(mine: Parts, one: Parts) -> dict[str, float]:
+def _errors(mine: Parts, one: Parts) -> Squares:
+    """Of each slice: its squared error, over the squared norm of the whole tensor."""
     whole: dict[str, list[tuple[int, int, Tensor]]] = {}
     for name, dim, source, values in one:
-        whole.setdefault(name, []).append((dim, source, values))
-    largest = {name: max(v.abs().max().item() for _, _, v in parts) for name, parts in whole.items()}
-    result: dict[str, float] = {}
+        whole.setdefault(name, []).append((dim, source, values.double()))
+    norms = {name: sum(v.square().sum().item() for _, _, v in parts) for name, parts in whole.items()}
+    result: Squares = {}
     for name, dim, source, values in mine:
+        total = 0.0
         for _, start, wanted in whole[name]:
             low, high = max(source, start), min(source + values.shape[dim], start + wanted.shape[dim])
             if low < high:
                 found = values.narrow(dim, low - source, high - low).double()
-                off = (found - wanted.narrow(dim, low - start, high - low).double()).abs().max().item()
-                result[name] = max(result.get(name, 0.0), off / max(largest[name], 1e-30) if off == off else torch.inf)
+                total += (found - wanted.narrow(dim, low - start, high - low)).square().sum().item()
+        result[name, source] = total / max(norms[name], 1e-60) if total == total else torch.inf
     return result
 
 
 def worst_of(several: Sequence[Difference], order: Sequence[str]) -> dict[str, Any]:
-    """The largest differences of any rank, as a row; `order`: tensors in model order."""
+    """The largest differences of any rank, as a row; `order`: tensors in model order.
+
+    A tensor's error is |found - wanted| / |wanted| in Frobenius norm, of each slice the worst of its copies.
+    """
     row: dict[str, Any] = {
         "logprob": max(d.logprob for d in several),
         "loss": max(d.loss for d in several),
@@ -182,5 +191,12 @@ def worst_of(several: Sequence[Difference], order: Sequence[str]) -> dict[str, A
         "near": max(d.near for d in several),
     }
     for kind in ("gradients", "parameters"):
-        row[kind] = {name: max(getattr(d, kind).get(name, 0.0) for d in several) for name in order}
+        slices: Squares = {}
+        for one in several:
+            for key, square in getattr(one, kind).items():
+                slices[key] = max(slices.get(key, 0.0), square)
+        sums = dict.fromkeys(order, 0.0)
+        for (name, _), square in slices.items():
+            sums[name] += square
+        row[kind] = {name: math.sqrt(square) for name, square in sums.items()}
     return row

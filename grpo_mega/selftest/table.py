@@ -13,7 +13,7 @@ class Bounds:
 
     logprob: float  # of the largest log-prob
     loss: float  # of the largest loss
-    gradient: float  # of the largest value of a tensor
+    gradient: float  # |found - wanted| / |wanted|, of each tensor
     parameter: float
     exact_completions: bool  # but for draws near a boundary
 
