@@ -84,8 +84,11 @@ def describe(recipe: Recipe, grid: mesh.Mesh, layers: tuple[int, ...]) -> str:
     stages = f" (layers {'+'.join(map(str, layers))})" if len(layers) > 1 else ""
     virtual = f" x virtual {grid.virtual}" if grid.virtual > 1 else ""
     context = f" x context {grid.context.size}" if grid.context.size > 1 else ""
+    slices = f" x expert tensor {grid.expert_tensor.size}" if grid.expert_tensor.size != grid.tensor.size else ""
+    experts = f" (experts: {grid.expert.size}{slices})" if slices or grid.expert.size > 1 else ""
     return (
         f"grpo_mega: {recipe.model.path} on {grid.world.size} ranks: tensor {grid.tensor.size} x pipeline "
-        f"{grid.pipeline.size}{virtual}{stages}{context} x data {grid.data.size}, {grid.device.type} "
+        f"{grid.pipeline.size}{virtual}{stages}{context} x data {grid.data.size}{experts}, "
+        f"{grid.device.type} "
         f"{recipe.precision.dtype}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ from ranks import RankError
 
 from grpo_mega.errors import ConfigError
 from grpo_mega.parallel import collectives
-from grpo_mega.parallel.mesh import check_world, initialize, shutdown
+from grpo_mega.parallel.mesh import Axis, Mesh, check_world, initialize, shutdown
 
 AXES = ("world", "tensor", "pipeline", "data", "replica", "tokens")
 
@@ -61,6 +63,43 @@ def test_coordinates_and_groups(ranks, layout):
             assert found[axis] == (mine.index(rank), len(mine), mine, sum(mine)), (axis, rank)
         leads = any(rank == group[0] for group in wanted["replica"])
         assert roles == (rank, rank == 0, leads, "cpu", False) and not alive
+
+
+def expert_groups(cuts):
+    """For each cut: members of the expert, expert_tensor and experts groups, the sizes of holders and in_step."""
+    from megatron.core import parallel_state
+
+    found = []
+    for sizes in cuts:
+        parallel_state.destroy_model_parallel()
+        mesh = initialize(**sizes)
+        members = [dist.get_process_group_ranks(axis.group) for axis in (mesh.expert, mesh.expert_tensor, mesh.experts)]
+        found.append((*members, mesh.holders.size, mesh.in_step.size))
+    return found
+
+
+def test_experts_have_a_grid_of_their_own_over_a_stages_ranks(ranks):
+    cuts = {  # sizes -> the groups, by the ranks in them; ranks that hold the whole model; ranks that step together
+        (("expert", 2),): ([[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1], [2, 3]], 4, 2),
+        (("tensor", 2), ("expert", 2)): ([[0, 2], [1, 3]], [[0, 1], [2, 3]], [[0, 1, 2, 3]], 4, 4),
+        (("tensor", 2), ("expert", 2), ("expert_tensor", 1)): (
+            [[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1], [2, 3]], 2, 1,
+        ),
+        (("pipeline", 2), ("expert", 2)): ([[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 1], [2, 3]], 4, 2),
+        (("tensor", 2),): ([[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1], [2, 3]], 2, 1),
+    }  # fmt: skip
+    answers = ranks(4, expert_groups, [dict(sizes) for sizes in cuts])
+    for n, (*groups, holders, in_step) in enumerate(cuts.values()):
+        for rank, answer in enumerate(answers):
+            mine = [next(group for group in several if rank in group) for several in groups]
+            assert answer[n] == (*mine, holders, in_step)
+
+
+def test_experts_across_parts_of_tensor_groups_join_everyone():
+    world, odd = Axis(None, 0, 6), {"tensor": Axis(None, 0, 3), "experts": Axis(None, 0, 2)}
+    others = dict.fromkeys(field.name for field in fields(Mesh))
+    mesh = Mesh(**others | odd | {"world": world})
+    assert mesh.in_step is world and mesh.holders is world
 
 
 def alone():
