@@ -25,6 +25,8 @@ class ReferenceConfig(Section):
     tensor: Positive | None = None
     pipeline: Positive | None = None
     context: Positive | None = None
+    expert: Positive | None = None
+    expert_tensor: Positive | None = None
     sequence: bool | None = None
     offload: bool = False  # between its uses the weights are in host memory, and their memory on the device is free
 
@@ -40,8 +42,8 @@ class ReferenceConfig(Section):
     @property
     def layout(self) -> ParallelConfig | None:
         """The layout of its own, if it has one."""
-        given = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context, "sequence": self.sequence}
-        given = {name: value for name, value in given.items() if value is not None}
+        keys = ("tensor", "pipeline", "context", "expert", "expert_tensor", "sequence")
+        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
         return ParallelConfig.model_validate(given) if given else None
 
 

@@ -120,17 +120,21 @@ def check_experts(
         )
 
 
-def check_layout(arch: Architecture, tensor: int, pipeline: int, section: str = "parallel") -> None:
-    """Raise ConfigError unless the model can be cut into `tensor` x `pipeline` parts, which `section` asks for."""
+def check_layout(
+    arch: Architecture, tensor: int, pipeline: int, section: str = "parallel", *, virtual: int = 1
+) -> None:
+    """Raise ConfigError unless the model can be cut into `tensor` x `pipeline` (x `virtual`) parts."""
     fits = [t for t in range(1, arch.num_heads + 1) if _cuts(arch, t)]
     if tensor not in fits:
         raise ConfigError(
             f"{section}.tensor={tensor} does not divide the model's {arch.num_heads} attention heads, "
             f"{arch.num_kv_heads} key-value heads and {arch.ffn_size} feed-forward channels; use tensor in {fits}"
         )
-    if pipeline > arch.num_layers:
+    if pipeline * virtual > arch.num_layers:
+        times = f" x {section}.virtual_pipeline={virtual}" if virtual > 1 else ""
         raise ConfigError(
-            f"{section}.pipeline={pipeline} exceeds the model's {arch.num_layers} layers; use at most {arch.num_layers}"
+            f"{section}.pipeline={pipeline}{times} exceeds the model's {arch.num_layers} layers; use at most "
+            f"{arch.num_layers}{' together' if virtual > 1 else ''}"
         )
 
 

@@ -117,7 +117,7 @@ def build_model(
 
     Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
     """
-    check_layout(arch, parallel.tensor, parallel.stages)
+    check_layout(arch, parallel.tensor, parallel.pipeline, virtual=parallel.virtual_pipeline)
     check_experts(arch, parallel.tensor, parallel.expert, parallel.expert_tensor)
     config = transformer_config(arch, parallel, dtype, mesh.device, recompute, moe)
     layers = layers_per_stage(arch, parallel.stages, parallel.pipeline_layout)

@@ -29,7 +29,8 @@ MORE = {
     2: "tp2-full tp2-sp-selective-rows32 pp2-rows32 pp2-single pp2-vpp2 cp2-rows64 cp2-full cp2-single dp2 dp2-dist "
     "dp2-single dp2-rows32 dp2-token dp2-group_token dp2-constant cp2-token tp2-constant pp2-group_token "
     "tp2-mini2-mu2 cp2-mini2-mu2 dp2-dist-mini2-mu2 pp2-ref=tp2 cp2-ref=dp2 dp2-ref=cp2 "
-    "moe-dp2 moe-pp2 moe-cp2 moe-cp2-ep2 moe-dp2-ep2-full moe-dp2-ep2-dist moe-tp2-sp-etp1-ep2",
+    "moe-dp2 moe-pp2 moe-cp2 moe-cp2-ep2 moe-dp2-ep2-full moe-dp2-ep2-dist moe-tp2-sp-etp1-ep2 "
+    "moe-dp2-ep2-ref=tp2+sp moe-tp2-sp-ref=ep2",
     4: "tp4 tp4-sp pp4 pp4-rows32 cp4 dp4-dist dp4-dist-overlap tp2-dp2 tp2-sp-dp2-dist pp2-cp2 pp2-dp2-rows32 "
     "pp2-vpp2-cp2-rows32 cp2-dp2-dist dp4-ref=tp2+pp2 tp2-pp2-ref=tp4+sp dp4-token tp2-cp2-group_token "
     "tp2-sp-cp2-mini2-mu2 moe-dp4-ep4 moe-pp2-dp2-ep2 moe-cp2-dp2-ep2 moe-tp2-sp-dp2-etp1-ep4 moe-tp2-sp-dp2-ep2-dist",
@@ -107,11 +108,11 @@ def _set_word(word: str, settings: dict[str, Any], parallel: dict[str, Any]) -> 
 def _reference(words: str, name: str) -> dict[str, Any]:
     """The reference's layout: "tp2+pp2"; data ranks are what is left ("dp2" says so)."""
     inner = parse(words.replace("+", "-"))
-    allowed = {
-        key: value for key, value in inner.parallel.items() if key in ("tensor", "pipeline", "context", "sequence")
-    }
+    allowed = {key: value for key, value in inner.parallel.items() if key not in ("virtual_pipeline", "overlap")}
     if allowed != inner.parallel:
-        raise ConfigError(f"--layouts {name}: a reference has tpN, ppN, cpN and sp; drop the rest of ref={words}")
+        raise ConfigError(
+            f"--layouts {name}: a reference has tpN, ppN, cpN, epN, etpN and sp; drop the rest of ref={words}"
+        )
     return allowed or {"tensor": 1}
 
 

@@ -57,5 +57,5 @@ def check(case: Case, scratch: Path) -> None:
     recipe = validate_recipe(settings_of(case, folder), f"--layouts {case.name}")
     arch = read_architecture(folder)
     for parallel in (recipe.parallel, ParallelConfig.model_validate(case.reference)):
-        check_layout(arch, parallel.tensor, parallel.stages)
+        check_layout(arch, parallel.tensor, parallel.pipeline, virtual=parallel.virtual_pipeline)
         layers_per_stage(arch, parallel.stages)

@@ -41,7 +41,7 @@ def check_parallel(arch: Architecture, parallel: ParallelConfig, world_size: int
 
 
 def _check_cut(arch: Architecture, parallel: ParallelConfig, world_size: int, section: str) -> None:
-    check_layout(arch, parallel.tensor, parallel.stages, section)
+    check_layout(arch, parallel.tensor, parallel.pipeline, section, virtual=parallel.virtual_pipeline)
     check_experts(arch, parallel.tensor, parallel.expert, parallel.expert_tensor, section=section)
     check_world(world_size, **parallel.sizes, section=section)
 

@@ -30,7 +30,10 @@ FREE_KEYS = {
     *(("sampling", key) for key in ("max_rows", "tensor", "pipeline", "expert", "expert_tensor")),
     *(("batch", key) for key in ("tokens_per_microbatch", "fixed_rows")),
     ("model", "recompute"),
-    *(("reference", key) for key in ("tensor", "pipeline", "context", "sequence", "offload")),
+    *(
+        ("reference", key)
+        for key in ("tensor", "pipeline", "context", "expert", "expert_tensor", "sequence", "offload")
+    ),
 }
 
 

@@ -25,7 +25,10 @@ def test_a_name_by_hand():
         ("tp2-foo", "--layouts tp2-foo: 'foo' says nothing; known: "),
         ("tp0", "--layouts tp0: 'tp0' says nothing; "),
         ("tp2-selectiv", "'selectiv' says nothing; did you mean 'selective'?"),
-        ("tp2-ref=vpp2", "--layouts tp2-ref=vpp2: a reference has tpN, ppN, cpN and sp; drop the rest of ref=vpp2"),
+        (
+            "tp2-ref=vpp2",
+            "--layouts tp2-ref=vpp2: a reference has tpN, ppN, cpN, epN, etpN and sp; drop the rest of ref=vpp2",
+        ),
     ],
 )
 def test_a_name_that_says_nothing(name, sentence):
