@@ -38,6 +38,16 @@ def test_the_brief_table_holds():
     assert any(max(row["gradients"].values()) > 1e-7 for row in rows), "nothing was compared"
 
 
+@pytest.mark.timeout(300)
+def test_bf16_has_the_same_distribution_and_the_same_noise():
+    """Same tokens, log-probs apart by bf16's rounding; the same draws until a rounding turns one."""
+    done = selftest("--json", "--dtype", "bf16", "--layouts", "rows32", "tp2-sp", "cp2")
+    rows = json.loads(done.stdout)["rows"]
+    assert done.returncode == 0, [broken(row, "bf16") for row in rows]
+    assert all(0 < row["logprob"] < 2e-2 for row in rows)
+    assert all(row["same"] >= row["drawn"] // 4 for row in rows), "of other noise none in a hundred would be the same"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -85,10 +95,22 @@ def no_shared_embedding_sum(patch):
     patch(sys.modules[module.__module__], "_allreduce_word_embedding_grads", lambda *_, **__: None)
 
 
+def no_expert_exchange(patch):
+    """Rows that went to other ranks' experts get no gradient back."""
+    from megatron.core.tensor_parallel import mappings
+
+    def backward(ctx, gradient):
+        rows = len(gradient) if ctx.input_split_sizes is None else sum(ctx.input_split_sizes)
+        return None, gradient.new_zeros(rows, *gradient.shape[1:]), None, None
+
+    patch(mappings._AllToAll, "backward", staticmethod(backward))
+
+
 MUTATIONS = {
     "tp2": (no_tensor_sum, "gradient of model."),
     "cp2": (no_context_gradient, "gradient of model."),
     "dp2": (no_data_sum, "gradient of model."),
+    "moe-dp2-ep2": (no_expert_exchange, "gradient of model.layers."),
     "pp2": (no_shared_embedding_sum, "gradient of model.embed_tokens.weight"),
 }
 
@@ -100,8 +122,6 @@ def row_of(scratch, name, mutation):
 
     grid = mesh.initialize()
     case, patches = parse(name), []
-    if grid.is_writer:
-        on_rank.write_model(scratch / f"{case.model}-alone", case.model)
     if mutation is not None:
         mutation(lambda owner, name, new: patches.append(mock.patch.object(owner, name, new)))
     for patch in patches:
@@ -117,11 +137,11 @@ def row_of(scratch, name, mutation):
 def one_process(scratch):
     from grpo_mega.parallel import mesh
 
-    case = parse("rows1000")
-    torch.save(
-        answer(case, on_rank.write_model(scratch / "alone", "dense"), "fp32", mesh.initialize(), None),
-        scratch / "one-dense-sequence-1-1.pt",
-    )
+    grid = mesh.initialize()
+    for name in ("rows1000", "moe"):
+        case = parse(name)
+        found = answer(case, on_rank.write_model(scratch / f"alone-{case.model}", case.model), "fp32", grid, None)
+        torch.save(found, scratch / f"one-{case.model}-sequence-1-1.pt")
 
 
 @pytest.fixture(scope="module")
