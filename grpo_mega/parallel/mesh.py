@@ -199,14 +199,25 @@ def another_layout(mesh: Mesh, **sizes: Any) -> Mesh:
         _set_globals(before)
 
 
-def dissolve(mesh: Mesh) -> None:
-    """Give back the groups of a layout that `another_layout` made. Every rank must call."""
-    for value in (*mesh._megatron.values(), mesh.tokens.group):
-        for group in value if isinstance(value, list | tuple) else [value]:
-            # parallel_state has several names for some of them
-            live = isinstance(group, ProcessGroup) and group in dist.distributed_c10d._world.pg_map
-            if live and group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
+@contextmanager
+def temporary_groups() -> Iterator[None]:
+    """Give back every group that is made in here, the world's excepted: each keeps threads, on gloo some sixty a
+    layout.
+
+    For those who try layouts one after the other; every rank must. What uses the groups must not outlive it.
+    """
+    from megatron.core import parallel_state as mpu
+
+    live = dist.distributed_c10d._world.pg_map
+    before = set(live)
+    try:
+        yield
+    finally:
+        made = mpu._global_process_group_list or []  # which would keep them alive
+        for group in set(live) - before - {dist.group.WORLD}:
+            dist.destroy_process_group(group)
+            if group in made:
+                made.remove(group)
 
 
 def _cut(

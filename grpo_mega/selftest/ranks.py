@@ -44,11 +44,12 @@ def rows_of(wanted: Sequence[Case], scratch: Path, dtype: str, grid: mesh.Mesh) 
         one: Answer = torch.load(_saved(case, scratch), weights_only=False)  # our own file
         started = time.monotonic()
         sizes = {**parallel_sizes(case)}
-        current = mesh.another_layout(grid, **sizes)
-        with current.active():
-            found = difference(answer(case, folder, dtype, current, one), one)
-            everyone = collectives.gather_objects(found, current.world.group)
-        mesh.dissolve(current)
+        with mesh.temporary_groups():
+            current = mesh.another_layout(grid, **sizes)
+            with current.active():
+                found = difference(answer(case, folder, dtype, current, one), one)
+            del current
+        everyone = collectives.gather_objects(found, grid.world.group)
         order = [name for name in bridge.shapes(read_architecture(folder)) if name in one_names(one)]
         yield {"case": case.name, **worst_of(everyone, order), "seconds": round(time.monotonic() - started, 1)}
 

@@ -25,7 +25,7 @@ from sharded import (
 
 from grpo_mega.config import OptimizerConfig, ParallelConfig
 from grpo_mega.data.packing import pack
-from grpo_mega.parallel.mesh import initialize
+from grpo_mega.parallel.mesh import initialize, temporary_groups
 
 ROWS = 32  # of a microbatch; two of them: 1 / 64 is exact in megatron's float32 scale
 MODELS = {  # 12 query heads, 5 layers
@@ -121,6 +121,7 @@ def answers(folders, layouts, dtype):
     return [answer(folders[layout.model], layout, dtype) for layout in layouts]
 
 
+@temporary_groups()
 def answer(folder, layout, dtype):
     from megatron.core import parallel_state
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from dataclasses import fields
 
 import pytest
@@ -11,7 +13,7 @@ from ranks import RankError
 
 from grpo_mega.errors import ConfigError
 from grpo_mega.parallel import collectives
-from grpo_mega.parallel.mesh import Axis, Mesh, check_world, initialize, shutdown
+from grpo_mega.parallel.mesh import Axis, Mesh, another_layout, check_world, initialize, shutdown, temporary_groups
 
 AXES = ("world", "tensor", "pipeline", "data", "replica", "tokens")
 
@@ -102,10 +104,27 @@ def test_experts_across_parts_of_tensor_groups_join_everyone():
     assert mesh.in_step is world and mesh.holders is world
 
 
+def threads_of_layouts():
+    """Threads of this process before, in and after each of three layouts beside the first."""
+    mesh = initialize()
+    count = [len(os.listdir("/proc/self/task"))]
+    for _ in range(3):
+        with temporary_groups():
+            another_layout(mesh, tensor=2)
+            count.append(len(os.listdir("/proc/self/task")))
+        gc.collect()
+        count.append(len(os.listdir("/proc/self/task")))
+    return count
+
+
+def test_groups_of_a_layout_that_was_tried_are_given_back(ranks):
+    for before, *turns in ranks(2, threads_of_layouts):
+        assert all(during > before + 10 for during in turns[::2])
+        assert all(after <= before + 4 for after in turns[1::2]), (before, turns)
+
+
 def alone():
     """Without torchrun's variables: a world of one, in which every collective is the identity."""
-    import os
-
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name)
     mesh = initialize()

@@ -15,7 +15,7 @@ import torch
 from grpo_mega.config import ParallelConfig
 from grpo_mega.data.packing import pack
 from grpo_mega.parallel.collectives import max_int
-from grpo_mega.parallel.mesh import initialize
+from grpo_mega.parallel.mesh import initialize, temporary_groups
 from grpo_mega.rollout.noise import uniforms
 from grpo_mega.types import Prompt, Sample
 
@@ -121,6 +121,7 @@ def sampled(folders, cases, dtype):
     return [sample(folders[case.model], case, dtype) for case in cases]
 
 
+@temporary_groups()
 def sample(folder, case, dtype):
     """{prompt index: completions}, the trainer's log-probs of them (last stage), and the rows of every forward."""
     from megatron.core import parallel_state
