@@ -7,8 +7,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import tiny
 
+from grpo_mega.config import ParallelConfig
 from grpo_mega.errors import ConfigError
+from grpo_mega.model.architecture import read_architecture
 from grpo_mega.model.layout import first_layer, layers_per_stage
 
 
@@ -65,3 +68,30 @@ def test_a_given_layout_is_taken_as_it_is():
 def test_layouts_that_are_refused(given, words):
     with pytest.raises(ConfigError, match=re.escape("parallel.pipeline_layout=" + words)):
         layers_per_stage(model(5, 1.0), 2, given)
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "refusal", "near"),
+    [  # a model of 5 layers, 12 heads, 6 key-value heads
+        ({"tensor": 8}, 8, "parallel.tensor=8 does not divide the model's 12 attention heads", "tensor 2, "),
+        ({"tensor": 4}, 6, "parallel.tensor=4 does not divide", "tensor 3, tensor 6, "),
+        ({"pipeline": 8}, 8, "parallel.pipeline=8 exceeds the model's 5 layers; use at most 5", "pipeline 4, "),
+        ({"pipeline": 4, "virtual_pipeline": 2}, 4,
+         "parallel.pipeline=4 x parallel.virtual_pipeline=2 exceeds the model's 5 layers; use at most 5 together",
+         "pipeline 2 x virtual_pipeline 2, "),
+        ({"context": 4}, 6, "6 ranks do not divide into replicas of parallel.tensor=1 x parallel.pipeline=1 x "
+         "parallel.context=4 = 4 ranks; start 4 ranks or a multiple, or change the layout", "context 3, context 6, "),
+        ({"pipeline": 2}, 3, "3 ranks do not divide into replicas of ", "pipeline 3, no cut at all, "),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_nearest_that_fit(tmp_path_factory, asked, world, refusal, near):
+    from grpo_mega.trainer.check import check_parallel
+
+    arch = read_architecture(tiny.make_model(tmp_path_factory.mktemp("nearest") / "model"))
+    with pytest.raises(ConfigError) as caught:
+        check_parallel(arch, ParallelConfig(**asked), world)
+    words = str(caught.value)
+    assert words.startswith(refusal) and f"; nearest on {world} ranks: {near}" in words, words
+    for layout in words.partition(f"nearest on {world} ranks: ")[2].split(", "):  # and they do
+        sizes = {} if layout == "no cut at all" else dict(axis.split() for axis in layout.split(" x "))
+        check_parallel(arch, ParallelConfig(**{axis: int(size) for axis, size in sizes.items()}), world)
