@@ -30,7 +30,7 @@ from grpo_mega.config import MoeConfig, OptimizerConfig, ParallelConfig, validat
 from grpo_mega.data.packing import pack
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import check_experts, read_architecture
-from grpo_mega.parallel.mesh import check_world, initialize
+from grpo_mega.parallel.mesh import check_world, initialize, temporary_groups
 from grpo_mega.trainer.check import check_cheaply
 
 ROWS = 32  # of a microbatch; two of them
@@ -108,9 +108,11 @@ def with_losses(folder, layouts):
     """The gradients of each layout with both auxiliary losses."""
     found = []
     for layout in layouts:
-        run = built(folder, layout, torch.float64, moe=MOE)
-        run.policy.gradients(run.batches, objective)
-        found.append({"gradients": hugging_face(run.policy.model, run.arch, run.place)})
+        with temporary_groups():
+            run = built(folder, layout, torch.float64, moe=MOE)
+            run.policy.gradients(run.batches, objective)
+            found.append({"gradients": hugging_face(run.policy.model, run.arch, run.place)})
+            del run
     return found
 
 
@@ -124,42 +126,43 @@ def turn_routers(model):
 
 def after_a_turn(folder, layouts):
     """Gradients once routers have turned since the log-probs: with replay and without; choices before and after."""
+    return [{replays: turned(folder, layout, replays) for replays in (True, False)} for layout in layouts]
+
+
+@temporary_groups()
+def turned(folder, layout, replays):
     from grpo_mega.model.experts import TopRouter
 
-    found = []
-    for layout in layouts:
-        answer = {}
-        for replays in (True, False):
-            run = built(folder, layout, torch.float64, replays=replays)
-            routers = [module for module in run.policy.model.modules() if isinstance(module, TopRouter)]
-            seen = []
-            for router in routers:
-                router.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[1]))
-            run.policy.logprobs(run.batches)
-            before = len(seen)
-            turn_routers(run.policy.model)
-            run.policy.gradients(run.batches, objective)
-            assert all(bool(batch.routes) == replays for batch in run.batches)
-            # full recompute runs a microbatch's routers again, last layer first
-            same = [any(torch.equal(new, old) for old in seen[:before]) for new in seen[before:]]
-            answer[replays] = {"gradients": hugging_face(run.policy.model, run.arch, run.place)}, same, before
-        found.append(answer)
-    return found
+    run = built(folder, layout, torch.float64, replays=replays)
+    seen = []
+    for module in run.policy.model.modules():
+        if isinstance(module, TopRouter):
+            module.register_forward_hook(lambda _, __, out: seen.append(out[1]))
+    run.policy.logprobs(run.batches)
+    before = len(seen)
+    turn_routers(run.policy.model)
+    run.policy.gradients(run.batches, objective)
+    assert all(bool(batch.routes) == replays for batch in run.batches)
+    # full recompute runs a microbatch's routers again, last layer first
+    same = [any(torch.equal(new, old) for old in seen[:before]) for new in seen[before:]]
+    return {"gradients": hugging_face(run.policy.model, run.arch, run.place)}, same, before
 
 
 def updated(folder, layouts, scratch):
     """The gradient norm of one update under each layout; folders of the weights before and after it."""
+    return [update_of(folder, layout, scratch / f"{n} before", scratch / str(n)) for n, layout in enumerate(layouts)]
+
+
+@temporary_groups()
+def update_of(folder, layout, before, after):
     from grpo_mega.model import bridge
 
-    norms = []
-    for n, layout in enumerate(layouts):
-        run = built(folder, layout, torch.float32)
-        run.policy.begin_step()
-        bridge.export(run.policy.settled(), run.arch, run.mesh, run.layers, scratch / f"{n} before")
-        metrics = run.policy.update(run.batches, objective)
-        bridge.export(run.policy.settled(), run.arch, run.mesh, run.layers, scratch / str(n))
-        norms.append(metrics["grad_norm"].total if run.mesh.pipeline.last else None)
-    return norms
+    run = built(folder, layout, torch.float32)
+    run.policy.begin_step()
+    bridge.export(run.policy.settled(), run.arch, run.mesh, run.layers, before)
+    metrics = run.policy.update(run.batches, objective)
+    bridge.export(run.policy.settled(), run.arch, run.mesh, run.layers, after)
+    return metrics["grad_norm"].total if run.mesh.pipeline.last else None
 
 
 def saved(folder, layout, directory):

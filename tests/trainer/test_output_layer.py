@@ -138,6 +138,7 @@ def by_autograd(model, vocab_size, hidden, targets):
     return token_loss(logprobs, -(logp.exp() * logp).sum(dim=1), slice(None))[0]
 
 
+@mesh.temporary_groups()
 def two_steps(folder, arrangement, way):
     """{name: gradient} of this rank after each of two steps, between which the weights have moved."""
     parallel_state.destroy_model_parallel()
