@@ -6,6 +6,7 @@ Megatron-core keeps its groups in a global (`parallel_state`); this module is th
 from __future__ import annotations
 
 import math
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -218,6 +219,7 @@ def temporary_groups() -> Iterator[None]:
             dist.destroy_process_group(group)
             if group in made:
                 made.remove(group)
+        gc.collect()  # gradient buffers and their hooks hold each other, and groups
 
 
 def _cut(
