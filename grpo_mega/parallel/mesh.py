@@ -5,8 +5,8 @@ Megatron-core keeps its groups in a global (`parallel_state`); this module is th
 
 from __future__ import annotations
 
-import math
 import gc
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
