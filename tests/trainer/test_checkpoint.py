@@ -302,6 +302,9 @@ def test_the_distributed_optimizer_is_the_optimizer_and_goes_on_bit_for_bit(rank
         assert ranks(2, train_whole, with_optimizer(name, 5, distributed)) == ["done"] * 2
     plain, straight = (lines_and_weights(tmp_path / name) for name in ("plain", "straight"))
     for ours, theirs in zip(straight[0], plain[0], strict=True):
+        if dtype == "fp32":  # a mean of rounding errors, some 2e-7: two runs have no such error in common
+            assert max(ours["sampler_mismatch"], theirs["sampler_mismatch"]) < 1e-6
+            theirs = theirs | {"sampler_mismatch": ours["sampler_mismatch"]}
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
     again = with_optimizer("resumed", 5, True, save_every=2)
     assert ranks(2, train_whole, again, 4) == ["interrupted"] * 2
