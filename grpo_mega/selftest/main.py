@@ -120,6 +120,9 @@ def _plain(case: Case) -> str:
 
 def _on_these_ranks(wanted: Sequence[Case], dtype: str) -> list[dict[str, Any]]:
     """Every rank of a world that a launcher started; rank 0 asks the one process, beside it."""
+    from grpo_mega.parallel.device import quiet_megatron
+
+    quiet_megatron()  # before anything imports megatron
     from grpo_mega.parallel import collectives, mesh
     from grpo_mega.selftest.ranks import rows_of
 
