@@ -194,11 +194,11 @@ MISTAKES = {
     ),
     "unknown architecture": (
         {"model": {"path": "mamba"}}, [], 2,
-        r"mamba/config\.json names the architecture 'MambaForCausalLM'; supported: LlamaForCausalLM",
+        r"mamba/config\.json names the architecture 'MambaForCausalLM'; supported: Llama.+, Mixtral\w+",
     ),
     "heads not divisible": (
         {"parallel": {"tensor": 3}}, [], 2,
-        r"parallel\.tensor=3 does not divide the model's 4 attention heads.* tensor in \[1, 2, 4\]",
+        r"parallel\.tensor=3 does not divide the model's 4 attention heads.* in \[1, 2, 4\]; nearest on [23] ranks: .+",
     ),
     "empty data line": ({"data": {"jsonl": "empty_line"}}, [], 3, r"empty_line:2: the line is empty; delete it"),
     "malformed data line": (
@@ -307,7 +307,7 @@ def test_a_world_that_does_not_fit(here, recipe, monkeypatch, capsys):
     path = recipe(parallel={"pipeline": 2})
     sentence = (
         "3 ranks do not divide into replicas of parallel.tensor=1 x parallel.pipeline=2 = 2 ranks; start 2 ranks or a "
-        "multiple, or change the layout\n"
+        "multiple, or change the layout; nearest on 3 ranks: no cut at all, context 3\n"
     )
     assert cli.run(["train", path, "--ranks", "3"]) == 2
     assert cli.run(["train", path, "--ranks", "0"]) == 2
