@@ -26,11 +26,10 @@ def places_of(rows: int, axis: Axis) -> Tensor:
 
 def in_rows(mine: Tensor, axis: Axis) -> Tensor:
     """What every context rank has for its rows, in the microbatch's order: [T / size, ...] -> [T, ...]."""
-    return (
-        mine
-        if axis.size == 1
-        else _Gathered.apply(mine, _order(len(mine) * axis.size, axis).to(mine.device), axis.group)
-    )
+    if axis.size == 1:
+        return mine
+    order = _order(len(mine) * axis.size, axis).to(mine.device)
+    return _Gathered.apply(mine, order, axis.group)
 
 
 def _order(rows: int, axis: Axis) -> Tensor:

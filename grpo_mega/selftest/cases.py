@@ -16,6 +16,7 @@ AXES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "cp": "cont
         "etp": "expert_tensor"}  # fmt: skip
 WORDS = ("moe", "sp", "full", "selective", "dist", "overlap", "single")
 NUMBERED = (*AXES, "dp", "rows", "mini", "mu")
+TIMEOUT_S = 300.0  # for a collective: a layout that hangs is one that breaks
 PACKED_ROWS = 1000  # all sequences of a data rank in one microbatch
 
 # world size -> names. `brief` is what the default tests hold; `--all` tries everything

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.errors import ConfigError
-from grpo_mega.selftest.cases import Case, cases
+from grpo_mega.selftest.cases import TIMEOUT_S, Case, cases
 from grpo_mega.selftest.models import check
 from grpo_mega.selftest.table import BOUNDS, broken, heading, line, verdict
-
-TIMEOUT_S = 300.0  # for a collective: a layout that hangs is one that breaks
 
 
 def selftest(
@@ -67,9 +65,10 @@ def _on_own_ranks(wanted: Sequence[Case], scratch: Path, dtype: str, *, show: bo
             done = 0
             while True:
                 running = process.poll() is None
-                lines = file.read_text().splitlines() if file.exists() else []
-                for text in lines[done:]:
-                    rows.append(json.loads(text))
+                text = file.read_text() if file.exists() else ""
+                lines = text[: text.rfind("\n") + 1].splitlines()  # a row may be half written
+                for row in lines[done:]:
+                    rows.append(json.loads(row))
                     if show:
                         print(line(rows[-1], dtype), flush=True)
                 done = len(lines)
@@ -92,8 +91,8 @@ def _start(size: int, left: Sequence[Case], scratch: Path, dtype: str, file: Pat
         "sys.exit(launch.start_ranks(int(sys.argv[1]), sys.argv[2:]))"
     )
     command = ["-m", "grpo_mega.selftest.rank", str(scratch), dtype, str(file), *(case.name for case in left)]
-    errors = (scratch / "errors").open("wb")
-    return subprocess.Popen([sys.executable, "-c", program, str(size), *command], stdout=errors, stderr=errors)
+    with (scratch / "errors").open("wb") as errors:
+        return subprocess.Popen([sys.executable, "-c", program, str(size), *command], stdout=errors, stderr=errors)
 
 
 def _ask_one_process(wanted: Iterable[Case], scratch: Path, dtype: str) -> None:

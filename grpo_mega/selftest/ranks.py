@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
+from grpo_mega.config import ParallelConfig
 from grpo_mega.model import bridge
 from grpo_mega.model.architecture import read_architecture
 from grpo_mega.parallel import collectives, mesh
-from grpo_mega.selftest.cases import Case, parse
+from grpo_mega.selftest.cases import TIMEOUT_S, Case, parse
 from grpo_mega.selftest.material import write_model
 from grpo_mega.selftest.measure import Answer, answer, difference, worst_of
-
-TIMEOUT_S = 300.0
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -43,32 +42,21 @@ def rows_of(wanted: Sequence[Case], scratch: Path, dtype: str, grid: mesh.Mesh) 
         folder = _model(case, scratch)
         one: Answer = torch.load(_saved(case, scratch), weights_only=False)  # our own file
         started = time.monotonic()
-        sizes = {**parallel_sizes(case)}
+        sizes = ParallelConfig.model_validate(case.parallel).sizes
         with mesh.temporary_groups():
             current = mesh.another_layout(grid, **sizes)
             with current.active():
                 found = difference(answer(case, folder, dtype, current, one), one)
             del current
         everyone = collectives.gather_objects(found, grid.world.group)
-        order = [name for name in bridge.shapes(read_architecture(folder)) if name in one_names(one)]
+        known = {name for name, *_ in one.parameters}
+        order = [name for name in bridge.shapes(read_architecture(folder)) if name in known]
         yield {"case": case.name, **worst_of(everyone, order), "seconds": round(time.monotonic() - started, 1)}
-
-
-def parallel_sizes(case: Case) -> dict[str, int]:
-    from grpo_mega.config import ParallelConfig
-
-    return ParallelConfig.model_validate(case.parallel).sizes
-
-
-def one_names(one: Answer) -> set[str]:
-    return {name for name, *_ in one.parameters}
 
 
 def _model(case: Case, scratch: Path) -> Path:
     """The problem's model folder: every rank writes its own, the same numbers."""
-    from grpo_mega.parallel.mesh import rank_from_environment
-
-    return write_model(scratch / f"{case.model}-{rank_from_environment()}", case.model)
+    return write_model(scratch / f"{case.model}-{mesh.rank_from_environment()}", case.model)
 
 
 def _saved(case: Case, scratch: Path) -> Path:

@@ -89,6 +89,5 @@ def describe(recipe: Recipe, grid: mesh.Mesh, layers: tuple[int, ...]) -> str:
     return (
         f"grpo_mega: {recipe.model.path} on {grid.world.size} ranks: tensor {grid.tensor.size} x pipeline "
         f"{grid.pipeline.size}{virtual}{stages}{context} x data {grid.data.size}{experts}, "
-        f"{grid.device.type} "
-        f"{recipe.precision.dtype}"
+        f"{grid.device.type} {recipe.precision.dtype}"
     )

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo_mega.selftest import main
 from grpo_mega.selftest import ranks as on_rank
 from grpo_mega.selftest.cases import parse
 from grpo_mega.selftest.measure import answer
-from grpo_mega.selftest.table import BOUNDS, broken
+from grpo_mega.selftest.table import BOUNDS, Bounds, broken
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,23 @@ def test_bf16_has_the_same_distribution_and_the_same_noise():
     assert done.returncode == 0, [broken(row, "bf16") for row in rows]
     assert max(row["logprob"] for row in rows) > 1e-4, "nothing was rounded"
     assert all(row["same"] >= row["drawn"] // 4 for row in rows), "of other noise none in a hundred would be the same"
+
+
+def test_a_row_out_of_bounds_ends_with_1_and_the_first_tensor(monkeypatch, capsys):
+    monkeypatch.setitem(BOUNDS, "fp32", Bounds(1.0, 1.0, 0.0, 1.0, True))
+    code = main.selftest(["full", "rows32"], world_size=None, everything=False, dtype="fp32", as_json=False)
+    said = capsys.readouterr().out
+    assert code == 1, said
+    assert "1 of 2 layouts break; the first is rows32: gradient of model.embed_tokens.weight is off by " in said
+
+
+def test_a_launchers_ranks_are_used():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "grpo_mega", "selftest"]
+    done = subprocess.run(
+        [*torchrun, "--layouts", "tp2", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    (row,) = json.loads(done.stdout)["rows"]
+    assert done.returncode == 0 and row["case"] == "tp2" and broken(row, "fp32") is None
 
 
 @pytest.mark.parametrize(
