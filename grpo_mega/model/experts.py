@@ -125,11 +125,18 @@ class Experts(SequentialMLP):
 
 
 class MixtureLayer(TransformerLayer):
-    """A decoder layer that hands its rows' `Routing` to its router, in a recomputed forward too."""
+    """A decoder layer that hands its rows' `Routing` to its router, in a recomputed forward too.
+
+    Neither that nor the weights that megatron's dispatcher keeps (token_dispatcher.py) outlive the forward: their graph
+    would lead through the gradient buffers' hooks back to this layer, a circle that Python's collector cannot see.
+    """
 
     def forward(self, *args: Any, **kwargs: Any):
         self.mlp.router.told = getattr(kwargs["packed_seq_params"], "routing", None)
-        return super().forward(*args, **kwargs)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.mlp.router.told = self.mlp.token_dispatcher.probs = None
 
 
 def mixture_spec() -> ModuleSpec:

@@ -6,6 +6,7 @@ The reference is transformers' MixtralForCausalLM in float64, differentiated by 
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -323,6 +324,19 @@ def same(folder, wanted, what, tolerance=2e-6):
     assert sorted(found) == sorted(wanted)
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=f"{what}: {name}")
+
+
+def survivors():
+    """Layers that are still in memory once their model's last user has gone."""
+    from grpo_mega.model.experts import MixtureLayer
+
+    gc.collect()
+    return sum(isinstance(thing, MixtureLayer) for thing in gc.get_objects())
+
+
+def test_a_model_that_has_trained_goes_when_nobody_has_it(ranks, folder):
+    ranks(1, with_losses, folder, [Layout()], timeout=100)
+    assert ranks(1, survivors) == [0]
 
 
 @pytest.mark.parametrize("distributed", [False, True])
