@@ -100,7 +100,7 @@ def ranks_to_fill(recipe: Recipe) -> int:
 
     A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference) and 3 GiB to work in.
     """
-    from grpo_mega.model.architecture import read_architecture
+    from grpo_mega.model.families import read_architecture
     from grpo_mega.parallel.device import free_memory_bytes, local_devices
     from grpo_mega.trainer.check import sampling_layout
 

@@ -1,27 +1,49 @@
-"""What a Hugging Face `config.json` says of a model, checked and in our own words."""
+"""What a model is made of, in our own words, and how it can be divided. `families` reads it from config.json."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from grpo_mega.errors import ConfigError
+from grpo_mega.model.routing import Router
 
-SUPPORTED = {"LlamaForCausalLM": "llama", "MixtralForCausalLM": "mixtral"}
+if TYPE_CHECKING:
+    from grpo_mega.model.families.table import Family
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (arXiv:2405.04434, section 2.1): widths of what is compressed and of a head's parts.
+
+    A head's query and key have `plain` dimensions without positions and `rotary` dimensions with; its value has
+    `value`. Keys and values come from kv_rank dimensions a row, queries from q_rank (None: from the hidden state).
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    plain: int
+    rotary: int
+    value: int
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a Llama-like decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU feed-forward.
+    """Shape of a decoder: RMSNorm, rotary positions, grouped-query or latent attention, gated feed-forward or experts.
 
-    num_experts > 0: each layer's feed-forward is a mixture of that many, of expert_ffn_size channels each, of which a
-    row passes through the experts_per_token that its router scores highest; 0: one feed-forward of ffn_size channels.
+    num_experts > 0: the feed-forward of a layer (of those with `mixtures`, if that is given) is a mixture of that many,
+    of expert_ffn_size channels each, of which a row passes through experts_per_token, beside shared_ffn_size channels
+    that all rows pass through. windows: of each layer, how many rows a row sees, itself included (None, or no windows
+    at all: its whole past). ropes: parameters of rotary positions as config.json has them, and rope_of_layer which of
+    them a layer has. query_scale: queries are multiplied by it beside the usual 1/sqrt(head_dim). norm_offset: norms
+    multiply by weight + norm_offset. post_norms: what attention and feed-forward return is normed before it is added.
     """
 
     folder: Path
+    family: Family
     hidden_size: int
     num_layers: int
     num_heads: int
@@ -33,66 +55,78 @@ class Architecture:
     norm_eps: float
     context_length: int
     raw: dict[str, Any]
+    ropes: tuple[Mapping[str, Any], ...] = ()
+    rope_of_layer: tuple[int, ...] = ()
+    windows: tuple[int | None, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    latent: Latent | None = None
+    query_scale: float = 1.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embedding_scale: float = 1.0
     num_experts: int = 0
     experts_per_token: int = 0
     expert_ffn_size: int = 0
+    shared_ffn_size: int = 0
+    mixtures: tuple[bool, ...] = ()
+    router: Router = field(default_factory=Router)
+
+    def is_mixture(self, layer: int) -> bool:
+        return bool(self.num_experts) and (not self.mixtures or self.mixtures[layer])
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that carry positions."""
+        return self.latent.rotary if self.latent else self.head_dim
+
+    def size(self, name: str) -> int:
+        """The number behind a size in a family's table."""
+        latent = self.latent
+        sizes = {
+            "hidden": self.hidden_size,
+            "head": self.head_dim,
+            "query": self.num_heads * self.head_dim,
+            "key": self.num_kv_heads * self.head_dim,
+            "context": self.num_heads * (latent.value if latent else self.head_dim),
+            "ffn": self.ffn_size,
+            "vocab": self.vocab_size,
+            "experts": self.num_experts,
+            "expert_ffn": self.expert_ffn_size,
+            "shared_ffn": self.shared_ffn_size,
+        }
+        if latent is not None:
+            sizes |= {
+                "q_rank": latent.q_rank or 0,
+                "kv_rank": latent.kv_rank,
+                "kv_down": latent.kv_rank + latent.rotary,
+                "kv_up": self.num_heads * (latent.plain + latent.value),
+            }
+        return sizes[name]
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one decoder layer's matrices that a row is multiplied with: its cost."""
-        attention = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        channels = self.experts_per_token * self.expert_ffn_size if self.num_experts else self.ffn_size
-        return self.hidden_size * (attention + 3 * channels + self.num_experts)
+        """Weights of one decoder layer's matrices that a row is multiplied with, on the average: its cost."""
+        hidden, size = self.hidden_size, self.size
+        if self.latent is None:
+            attention = hidden * (size("query") + 2 * size("key") + size("context"))
+        else:
+            q_rank = self.latent.q_rank
+            query = hidden * size("query") if q_rank is None else q_rank * (hidden + size("query"))
+            attention = query + hidden * (size("kv_down") + size("context")) + self.latent.kv_rank * size("kv_up")
+        mixed = sum(map(self.is_mixture, range(self.num_layers))) / self.num_layers
+        channels = self.experts_per_token * self.expert_ffn_size + self.shared_ffn_size
+        experts = hidden * (3 * channels + self.num_experts)
+        return round(attention + mixed * experts + (1 - mixed) * 3 * hidden * self.ffn_size)
 
     @property
     def head_parameters(self) -> int:
         """Weights of the output layer."""
         return self.hidden_size * self.vocab_size
-
-
-def read_architecture(folder: str | Path) -> Architecture:
-    """Read and check `folder/config.json`. Raises ConfigError with the value found and the remedy."""
-    folder = Path(folder)
-    raw = _read_json(folder)
-    names = raw.get("architectures") or ["nothing"]
-    if names[0] not in SUPPORTED:
-        raise ConfigError(
-            f"{folder}/config.json names the architecture {names[0]!r}; supported: {', '.join(SUPPORTED)}"
-        )
-    try:
-        heads = int(raw["num_attention_heads"])
-        result = Architecture(
-            folder=folder,
-            hidden_size=int(raw["hidden_size"]),
-            num_layers=int(raw["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
-            ffn_size=int(raw["intermediate_size"]),
-            vocab_size=int(raw["vocab_size"]),
-            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            context_length=int(raw.get("max_position_embeddings", 2048)),
-            raw=raw,
-            **_experts(raw, names[0]),
-        )
-    except KeyError as missing:
-        raise ConfigError(f"{folder}/config.json lacks {missing}; take the folder from the model's publisher") from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{folder}/config.json holds a value of the wrong kind: {error}") from None
-    _check(result)
-    return result
-
-
-def _experts(raw: dict[str, Any], name: str) -> dict[str, int]:
-    """The mixture's sizes, for architectures that are one."""
-    if name != "MixtralForCausalLM":
-        return {}
-    return {
-        "num_experts": int(raw["num_local_experts"]),
-        "experts_per_token": int(raw["num_experts_per_tok"]),
-        "expert_ffn_size": int(raw["intermediate_size"]),
-    }
 
 
 def check_experts(
@@ -149,66 +183,3 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     """The next multiple of 8 x tensor: every rank holds equally many rows, aligned for matrix units."""
     multiple = 8 * tensor
     return -(-vocab_size // multiple) * multiple
-
-
-def rope_inverse_frequencies(arch: Architecture) -> tuple[Any, float]:
-    """(`[head_dim / 2]` float32 radians a position, factor on cos and sin); arXiv:2104.09864, scaling as configured."""
-    import torch
-
-    parameters = arch.raw.get("rope_parameters") or arch.raw.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        theta = float(parameters.get("rope_theta", arch.raw.get("rope_theta", 10000.0)))
-        exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
-        return 1.0 / theta**exponents, 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ConfigError(
-            f"{arch.folder}/config.json asks for rope_type={kind!r}; supported: default, linear, llama3, yarn"
-        )
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    rotary = LlamaRotaryEmbedding(LlamaConfig.from_dict(dict(arch.raw)))
-    return rotary.inv_freq.float(), float(rotary.attention_scaling)
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model folder {folder} does not exist; give a Hugging Face folder (config.json and safetensors)"
-        )
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{folder}/config.json cannot be read: {error.strerror}; is it a model folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{folder}/config.json is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{folder}/config.json holds {type(raw).__name__}, not an object")
-    return raw
-
-
-def _check(arch: Architecture) -> None:
-    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size"):
-        if getattr(arch, name) < 1:
-            raise ConfigError(f"{arch.folder}/config.json: {name}={getattr(arch, name)} must be positive")
-    if arch.num_heads % arch.num_kv_heads:
-        raise ConfigError(
-            f"{arch.folder}/config.json: {arch.num_heads} attention heads are not a multiple of "
-            f"{arch.num_kv_heads} key-value heads"
-        )
-    if arch.num_experts and not 0 < arch.experts_per_token <= arch.num_experts:
-        raise ConfigError(
-            f"{arch.folder}/config.json: num_experts_per_tok={arch.experts_per_token} of num_local_experts="
-            f"{arch.num_experts}; a row passes through at least one and at most all of them"
-        )
-    if arch.num_experts and arch.raw.get("sliding_window") and arch.raw["sliding_window"] < arch.context_length:
-        raise ConfigError(
-            f"{arch.folder}/config.json: sliding_window={arch.raw['sliding_window']} is shorter than the context of "
-            f"{arch.context_length}; supported: attention to the whole past (null)"
-        )
-    for name in ("attention_bias", "mlp_bias"):
-        if arch.raw.get(name):
-            raise ConfigError(f"{arch.folder}/config.json: {name}=true; supported: matrices without biases")
-    if arch.raw.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{arch.folder}/config.json: hidden_act={arch.raw['hidden_act']!r}; supported: 'silu'")

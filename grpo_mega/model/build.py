@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,18 @@ from grpo_mega.model.architecture import (
     check_experts,
     check_layout,
     padded_vocab_size,
-    rope_inverse_frequencies,
 )
 from grpo_mega.model.attention import Rope
 from grpo_mega.model.experts import mixture_settings
-from grpo_mega.model.layout import layers_per_stage
+from grpo_mega.model.layout import first_layer, layers_per_stage
+from grpo_mega.model.rotary import rope_inverse_frequencies
 from grpo_mega.model.specs import ModelParts, TrunkModel, block_spec
 from grpo_mega.parallel.mesh import Mesh
 
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -50,8 +55,10 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=ACTIVATIONS[arch.activation],
         add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -81,7 +88,7 @@ def transformer_config(
 
 
 def _mark_tensor_parallel(model: ModelParts, arch: Architecture, place: bridge.Place) -> None:
-    """Say of each matrix but the routers' that tensor ranks hold different slices of it, and along which dimension.
+    """Say of each tensor that is cut that tensor ranks hold different slices of it, and along which dimension.
 
     megatron-core 0.16.1 says so only while it initialises weights (tensor_parallel/layers.py), which we leave out;
     0.19.2 says it always, and refuses to be told again. Unsaid, optimizer/clip_grads.py takes slices for copies, and
@@ -90,14 +97,12 @@ def _mark_tensor_parallel(model: ModelParts, arch: Architecture, place: bridge.P
     (`allreduce`) only where parallel.expert > 1: with expert_tensor != tensor gradients would else miss ranks.
     """
     parameters = dict(model.named_parameters())
-    for name, parts in bridge.pieces(arch, place):
+    for name, whole, _ in bridge.entries(arch, place):
         weight = parameters[name]
-        if ".local_experts." in name:
+        if whole.expert is not None:
             setattr(weight, "allreduce", False)  # noqa: B010  (a tensor has no such field)
-        if name.endswith(".router.weight"):
-            continue
-        if weight.ndim > 1 and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=parts[0].dim, stride=1)
+        if whole.row.cut is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=whole.row.cut, stride=1)
 
 
 def build_model(
@@ -127,7 +132,7 @@ def build_model(
     for virtual, stage in enumerate(mesh.stages):
         part = TrunkModel(
             config=config,
-            transformer_layer_spec=block_spec(layers[stage], mixture=arch.num_experts > 0),
+            transformer_layer_spec=block_spec(arch, first_layer(layers, stage), layers[stage]),
             vocab_size=padded_vocab_size(arch.vocab_size, parallel.tensor),
             max_sequence_length=arch.context_length,
             pre_process=stage == 0,

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.attention import NoCoreAttention, Rope, RowAttention
 from grpo_mega.model.experts import LINEARS, MixtureLayer, mixture_spec
 
@@ -87,24 +88,14 @@ class ModelParts(nn.ModuleList):
         return last.output_weight()
 
 
-def layer_spec(mixture: bool = False) -> ModuleSpec:
-    """One decoder layer, Llama's or (mixture) Mixtral's. Names are megatron's local ones (`input_layernorm.weight`)."""
-    attention = ModuleSpec(
-        module=RowAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=NoCoreAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
-        ),
-    )
+def layer_spec(arch: Architecture, number: int) -> ModuleSpec:
+    """The decoder layer of that number in the model. Names are megatron's local ones (`input_layernorm.weight`)."""
+    mixture = arch.is_mixture(number)
     return ModuleSpec(
         module=MixtureLayer if mixture else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=attention,
+            self_attention=_attention(arch, number),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mixture_spec() if mixture else ModuleSpec(module=MLP, submodules=LINEARS),
@@ -113,6 +104,22 @@ def layer_spec(mixture: bool = False) -> ModuleSpec:
     )
 
 
-def block_spec(layers: int, mixture: bool = False) -> TransformerBlockSubmodules:
-    """`layers` decoder layers of one pipeline stage, and the final norm where the stage has it."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(mixture)] * layers, layer_norm=RMSNorm)
+def _attention(arch: Architecture, number: int) -> ModuleSpec:
+    head_norm = RMSNorm if arch.qk_norm else IdentityOp
+    return ModuleSpec(
+        module=RowAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=NoCoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+
+
+def block_spec(arch: Architecture, first: int, count: int) -> TransformerBlockSubmodules:
+    """`count` decoder layers from number `first` on, and the final norm where the stage has it."""
+    layers = [layer_spec(arch, number) for number in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from grpo_mega.config import Recipe, validate_recipe
 from grpo_mega.config.recipe import PrecisionConfig
 from grpo_mega.data.prompts import DataCounts
-from grpo_mega.model import bridge
-from grpo_mega.model.architecture import read_architecture
+from grpo_mega.model.families import read_architecture
 from grpo_mega.model.layout import layers_per_stage
+from grpo_mega.model.names import shapes
 from grpo_mega.selftest.cases import Case
 from grpo_mega.selftest.models import PROMPTS, VOCABULARY, settings_of, write_config
 from grpo_mega.trainer.setup import Inputs
@@ -30,7 +30,7 @@ def write_model(folder: Path, kind: str) -> Path:
     write_config(folder, kind)
     generator = torch.Generator().manual_seed(20240203)
     tensors = {}
-    for name, shape in bridge.shapes(read_architecture(folder)).items():
+    for name, shape in shapes(read_architecture(folder)).items():
         noise = torch.randn(shape, generator=generator)
         tensors[name] = 1 + 0.1 * noise if len(shape) == 1 else 0.12 * noise
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.config import ParallelConfig, validate_recipe
-from grpo_mega.model.architecture import check_layout, read_architecture
+from grpo_mega.model.architecture import check_layout
+from grpo_mega.model.families import read_architecture
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.selftest.cases import Case
 

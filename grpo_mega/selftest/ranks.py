@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from grpo_mega.config import ParallelConfig
-from grpo_mega.model import bridge
-from grpo_mega.model.architecture import read_architecture
+from grpo_mega.model.families import read_architecture
+from grpo_mega.model.names import shapes
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.selftest.cases import TIMEOUT_S, Case, parse
 from grpo_mega.selftest.material import write_model
@@ -50,7 +50,7 @@ def rows_of(wanted: Sequence[Case], scratch: Path, dtype: str, grid: mesh.Mesh) 
             del current
         everyone = collectives.gather_objects(found, grid.world.group)
         known = {name for name, *_ in one.parameters}
-        order = [name for name in bridge.shapes(read_architecture(folder)) if name in known]
+        order = [name for name in shapes(read_architecture(folder)) if name in known]
         yield {"case": case.name, **worst_of(everyone, order), "seconds": round(time.monotonic() - started, 1)}
 
 

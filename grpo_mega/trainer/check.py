@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from grpo_mega.config import ParallelConfig, Recipe
 from grpo_mega.errors import ConfigError
-from grpo_mega.model.architecture import Architecture, check_experts, check_layout, read_architecture
+from grpo_mega.model.architecture import Architecture, check_experts, check_layout
+from grpo_mega.model.families import read_architecture
 from grpo_mega.model.layout import layers_per_stage, nearest_layouts
 from grpo_mega.parallel.mesh import check_world
 

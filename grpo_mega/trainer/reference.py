@@ -10,8 +10,8 @@ from torch import Tensor
 
 from grpo_mega.config import Recipe
 from grpo_mega.model import bridge
-from grpo_mega.model.architecture import read_architecture
 from grpo_mega.model.build import DTYPES, build_model
+from grpo_mega.model.families import read_architecture
 from grpo_mega.model.offload import HostWeights
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh, another_layout

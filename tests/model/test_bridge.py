@@ -13,7 +13,11 @@ from safetensors.torch import load_file, save_file
 from grpo_mega.config import ParallelConfig
 from grpo_mega.errors import ConfigError, RunDirectoryError
 from grpo_mega.model import bridge
-from grpo_mega.model.architecture import check_layout, read_architecture, rope_inverse_frequencies
+from grpo_mega.model.architecture import check_layout
+from grpo_mega.model.families import read_architecture
+from grpo_mega.model.formats import hugging_face
+from grpo_mega.model.names import shapes
+from grpo_mega.model.rotary import rope_inverse_frequencies
 from grpo_mega.parallel.mesh import initialize
 
 MODELS = {
@@ -95,7 +99,7 @@ def export_and_run(folders, cuts, destination, shard_bytes):
         arch = read_architecture(folders[name])
         layout = ParallelConfig(tensor=tensor, pipeline=pipeline, pipeline_layout=stages)
         model = build_model(arch, mesh, layout)
-        with patch.object(bridge, "SHARD_BYTES", shard_bytes):
+        with patch.object(hugging_face, "SHARD_BYTES", shard_bytes):
             bridge.export(model, arch, mesh, layers_per_stage(arch, pipeline, stages), destination / str(n))
         if mesh.world.size == 1:
             positions = torch.arange(len(TOKENS))
@@ -109,14 +113,18 @@ def export_and_run(folders, cuts, destination, shard_bytes):
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_export_of_what_was_loaded_is_bit_exact(ranks, folders, tmp_path, world):
     cuts = [cut for cut in CUTS if cut[1] * cut[2] == world]
-    ranks(world, export_and_run, folders, cuts, tmp_path, bridge.SHARD_BYTES)
+    ranks(world, export_and_run, folders, cuts, tmp_path, hugging_face.SHARD_BYTES)
     for n, (name, *_) in enumerate(cuts):
         same_tensors(tmp_path / str(n), folders[name])
         assert sorted(p.name for p in (tmp_path / str(n)).iterdir()) == sorted(p.name for p in folders[name].iterdir())
 
 
+def opened(path):
+    return hugging_face.Folder(read_architecture(path))
+
+
 def same_tensors(made, original):
-    found, wanted = (bridge.Folder(path) for path in (made, original))
+    found, wanted = (opened(path) for path in (made, original))
     assert sorted(found.files) == sorted(wanted.files)
     for name in wanted.files:
         assert torch.equal(found.slice(name)[:], wanted.slice(name)[:]), name
@@ -126,7 +134,7 @@ def test_logits_are_those_of_transformers_before_and_after(ranks, folders, tmp_p
     from transformers import AutoModelForCausalLM
 
     cuts = CUTS[:3]
-    (logits,) = ranks(1, export_and_run, folders, cuts, tmp_path, bridge.SHARD_BYTES)
+    (logits,) = ranks(1, export_and_run, folders, cuts, tmp_path, hugging_face.SHARD_BYTES)
     for n, (name, *_) in enumerate(cuts):
         for path in (folders[name], tmp_path / str(n)):
             with torch.no_grad():
@@ -155,7 +163,7 @@ def test_large_models_are_written_and_read_in_several_files(ranks, folders, tmp_
     loaded = AutoModelForCausalLM.from_pretrained(made).state_dict()
     wanted = load_file(folders["untied"] / "model.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
-    ranks(1, export_and_run, {"untied": made}, [("untied", 1, 1, None)], tmp_path / "again", bridge.SHARD_BYTES)
+    ranks(1, export_and_run, {"untied": made}, [("untied", 1, 1, None)], tmp_path / "again", hugging_face.SHARD_BYTES)
     same_tensors(tmp_path / "again" / "0", folders["untied"])  # and back into one file: no stale index goes along
     assert not (tmp_path / "again" / "0" / "model.safetensors.index.json").exists()
 
@@ -177,16 +185,24 @@ def test_progress_and_an_export_that_fails_hears_every_rank_out(ranks, folders, 
 
 
 def test_an_export_is_all_or_nothing(folders, tmp_path):
-    """A tensor that lacks a piece is an error, and no folder stands under the final name."""
+    """A tensor that lacks is an error, and no folder stands under the final name; none is written twice."""
     arch = read_architecture(folders["tied"])
-    writer = bridge._Writer(arch, tmp_path / "made")
     tensors = load_file(folders["tied"] / "model.safetensors")
+    writer = hugging_face.Writer(arch, tmp_path / "made", dict.fromkeys(shapes(arch), torch.float32))
     for name, tensor in tensors.items():
-        rows = len(tensor) - (name == "model.layers.3.mlp.up_proj.weight")
-        writer.put(tensor[:rows], [bridge.Piece(name, 0, 0, 0, rows)])
+        if name != UP:
+            writer.put(name, tensor)
     with pytest.raises(AssertionError, match=r"1 tensors incomplete, the first is model\.layers\.3\.mlp\.up_proj"):
         writer.close()
     assert not (tmp_path / "made").exists()
+    for wrong in (tensors[UP][:-1], tensors[UP].double()):
+        with pytest.raises(AssertionError, match=UP):
+            writer.put(UP, wrong)
+    writer.put(UP, tensors[UP])
+    with pytest.raises(AssertionError, match=UP):
+        writer.put(UP, tensors[UP])
+    writer.close()
+    same_tensors(tmp_path / "made", folders["tied"])
 
 
 @pytest.mark.filterwarnings("ignore")  # megatron-core, imported here without the stand-in
@@ -197,7 +213,7 @@ def test_an_export_is_all_or_nothing(folders, tmp_path):
 def test_every_element_has_exactly_one_home(folders, name, virtual, tensor, pipeline):
     """Matrices are cut without gap or overlap; norms lie whole on every tensor rank."""
     arch = read_architecture(folders[name])
-    owners = {key: torch.zeros(shape, dtype=torch.int) for key, shape in bridge.shapes(arch).items()}
+    owners = {key: torch.zeros(shape, dtype=torch.int) for key, shape in shapes(arch).items()}
     if len(pipeline) % virtual:
         pytest.skip(f"{len(pipeline)} stages are no multiple of {virtual} virtual ones")
     length = len(pipeline) // virtual
@@ -215,8 +231,9 @@ def test_every_element_has_exactly_one_home(folders, name, virtual, tensor, pipe
 def test_query_key_value_rows_by_hand(folders):
     """12 query and 2 key-value heads of 6 rows on 4 ranks: a group of 48 rows is cut after the fourth query head."""
     arch = read_architecture(folders["few"])
+    name = "0.decoder.layers.0.self_attention.linear_qkv.weight"
     cut = [
-        [(p.name.split(".")[-2][0], p.source, p.start, p.length) for p in bridge._query_key_value("", arch, place)]
+        [(p.name.split(".")[-2][0], p.source, p.start, p.length) for p in dict(bridge.pieces(arch, place))[name]]
         for place in (bridge.Place(rank, 4, 0, 1, (5,)) for rank in range(4))
     ]
     assert cut == [
@@ -238,8 +255,7 @@ def spoil(folder, change):
 
 
 def check(folder):
-    arch = read_architecture(folder)
-    bridge.Folder(folder).check(arch)
+    opened(folder).check()
 
 
 UP = "model.layers.3.mlp.up_proj.weight"
@@ -270,7 +286,7 @@ def test_what_old_folders_carry_is_ignored(folder):
     spoil(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}))
     spoil(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))  # tied all the same
     check(folder)  # raises for what is not
-    assert len(bridge.Folder(folder).files) == len(bridge.shapes(read_architecture(folder))) + 2
+    assert len(opened(folder).files) == len(shapes(read_architecture(folder))) + 2
 
 
 @pytest.mark.parametrize("keep", [0, 4, 1000, -1])
@@ -291,7 +307,7 @@ def test_a_folder_without_weights_or_without_itself(folder):
 
 def test_an_index_that_is_wrong(folder):
     index = folder / "model.safetensors.index.json"
-    weight_map = dict.fromkeys(bridge.Folder(folder).files, "model.safetensors")
+    weight_map = dict.fromkeys(opened(folder).files, "model.safetensors")
     index.write_text(json.dumps({"weight_map": weight_map}))
     check(folder)
     index.write_text(json.dumps({"weight_map": weight_map | {UP: "model-2.safetensors"}}))
@@ -323,7 +339,7 @@ def configure(folder, **changes):
         ({"architectures": None}, "architecture 'nothing'"),
         ({"attention_bias": True}, "attention_bias=true; supported: matrices without biases"),
         ({"mlp_bias": True}, "mlp_bias=true"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'; supported: 'silu'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'; supported: silu, gelu"),
         ({"num_key_value_heads": 5}, "12 attention heads are not a multiple of 5"),
         ({"num_hidden_layers": 0}, "num_layers=0 must be positive"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),

@@ -30,7 +30,9 @@ from sharded import (
 from grpo_mega.config import MoeConfig, OptimizerConfig, ParallelConfig, validate_recipe
 from grpo_mega.data.packing import pack
 from grpo_mega.errors import ConfigError
-from grpo_mega.model.architecture import check_experts, read_architecture
+from grpo_mega.model.architecture import check_experts
+from grpo_mega.model.families import read_architecture
+from grpo_mega.model.names import shapes
 from grpo_mega.parallel.mesh import check_world, initialize, temporary_groups
 from grpo_mega.trainer.check import check_cheaply
 
@@ -357,7 +359,7 @@ def test_every_element_of_an_expert_has_exactly_one_home(folder, expert, slices)
     from grpo_mega.model import bridge
 
     arch = read_architecture(folder)
-    homes = {key: torch.zeros(shape, dtype=torch.int) for key, shape in bridge.shapes(arch).items()}
+    homes = {key: torch.zeros(shape, dtype=torch.int) for key, shape in shapes(arch).items()}
     for rank in range(expert * slices):
         place = bridge.Place(0, 1, 0, 1, (2,), rank // slices, expert, rank % slices, slices)
         for _, parts in bridge.pieces(arch, place):

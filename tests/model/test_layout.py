@@ -11,7 +11,7 @@ import tiny
 
 from grpo_mega.config import ParallelConfig
 from grpo_mega.errors import ConfigError
-from grpo_mega.model.architecture import read_architecture
+from grpo_mega.model.families import read_architecture
 from grpo_mega.model.layout import first_layer, layers_per_stage
 
 

@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from grpo_mega.config import OptimizerConfig, ParallelConfig
-from grpo_mega.model.architecture import read_architecture
 from grpo_mega.model.build import build_model
+from grpo_mega.model.families import read_architecture
 from grpo_mega.model.optimizer import build_optimizer, wrap_for_training
 from grpo_mega.parallel import mesh
 

@@ -125,9 +125,9 @@ def answers(folders, layouts, dtype):
 def answer(folder, layout, dtype):
     from megatron.core import parallel_state
 
-    from grpo_mega.model.architecture import read_architecture
     from grpo_mega.model.bridge import Place
     from grpo_mega.model.build import build_model
+    from grpo_mega.model.families import read_architecture
     from grpo_mega.model.layout import layers_per_stage
     from grpo_mega.trainer.policy import Policy
 

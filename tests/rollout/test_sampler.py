@@ -126,10 +126,10 @@ def sample(folder, case, dtype):
     """{prompt index: completions}, the trainer's log-probs of them (last stage), and the rows of every forward."""
     from megatron.core import parallel_state
 
-    from grpo_mega.model.architecture import read_architecture
     from grpo_mega.model.build import build_model
     from grpo_mega.model.copy import WeightCopy
     from grpo_mega.model.decode import Decoder
+    from grpo_mega.model.families import read_architecture
     from grpo_mega.model.layout import layers_per_stage
     from grpo_mega.parallel.mesh import another_layout
     from grpo_mega.parallel.truncation import Truncation

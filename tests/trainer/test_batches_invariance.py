@@ -18,8 +18,8 @@ from assembled import assembled
 from safetensors.torch import load_file, save_file
 
 from grpo_mega.config import validate_recipe
-from grpo_mega.model.architecture import read_architecture
 from grpo_mega.model.build import build_model
+from grpo_mega.model.families import read_architecture
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share, with_logprobs

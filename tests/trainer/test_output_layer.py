@@ -20,9 +20,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from ranks import RankError
 
 from grpo_mega.config import ParallelConfig
-from grpo_mega.model.architecture import padded_vocab_size, read_architecture, rope_inverse_frequencies
+from grpo_mega.model.architecture import padded_vocab_size
 from grpo_mega.model.attention import PackedRows, Rope
 from grpo_mega.model.build import transformer_config
+from grpo_mega.model.families import read_architecture
+from grpo_mega.model.rotary import rope_inverse_frequencies
 from grpo_mega.model.specs import TrunkModel, block_spec
 from grpo_mega.parallel import mesh
 from grpo_mega.parallel.vocab import one_sweep_loss

@@ -17,8 +17,8 @@ from assembled import assembled
 
 from grpo_mega.config import validate_recipe
 from grpo_mega.errors import ConfigError
-from grpo_mega.model.architecture import read_architecture
 from grpo_mega.model.build import DTYPES, build_model
+from grpo_mega.model.families import read_architecture
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer import main

@@ -1,0 +1,102 @@
+"""The families of models, by the architecture that config.json names, and the reading of that file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from grpo_mega.errors import ConfigError
+from grpo_mega.model.architecture import Architecture
+from grpo_mega.model.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+
+FAMILIES = {
+    "LlamaForCausalLM": llama.FAMILY,
+    "MistralForCausalLM": mistral.FAMILY,
+    "MixtralForCausalLM": mixtral.FAMILY,
+    "Qwen2ForCausalLM": qwen2.FAMILY,
+    "Qwen3ForCausalLM": qwen3.FAMILY,
+    "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
+}
+ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """Read and check `folder/config.json`. Raises ConfigError with the value found and the remedy."""
+    folder = Path(folder)
+    return architecture_of(_read_json(folder), folder)
+
+
+def architecture_of(raw: dict[str, Any], folder: Path) -> Architecture:
+    """The same from the file's content; `folder`: whose it is."""
+    names = raw.get("architectures") or ["nothing"]
+    if names[0] not in FAMILIES:
+        raise ConfigError(f"{folder}/config.json names the architecture {names[0]!r}; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[names[0]]
+    try:
+        fields = _fields(raw) | family.read(raw)
+        activation = str(raw.get("hidden_act", raw.get("hidden_activation", "silu")))
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"hidden_act={activation!r}; supported: {', '.join(ACTIVATIONS)}")
+        result = Architecture(folder=folder, family=family, raw=raw, activation=ACTIVATIONS[activation], **fields)
+    except KeyError as missing:
+        raise ConfigError(f"{folder}/config.json lacks {missing}; take the folder from the model's publisher") from None
+    except ValueError as error:
+        if "supported:" in str(error):
+            raise ConfigError(f"{folder}/config.json: {error}") from None
+        raise ConfigError(f"{folder}/config.json holds a value of the wrong kind: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"{folder}/config.json holds a value of the wrong kind: {error}") from None
+    _check(result)
+    return result
+
+
+def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What all families say in the same words."""
+    heads = int(raw["num_attention_heads"])
+    return {
+        "hidden_size": int(raw["hidden_size"]),
+        "num_layers": int(raw["num_hidden_layers"]),
+        "num_heads": heads,
+        "num_kv_heads": int(raw.get("num_key_value_heads") or heads),
+        "head_dim": int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
+        "ffn_size": int(raw["intermediate_size"]),
+        "vocab_size": int(raw["vocab_size"]),
+        "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "context_length": int(raw.get("max_position_embeddings", 2048)),
+        "ropes": (raw.get("rope_parameters") or raw.get("rope_scaling") or {},),
+    }
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model folder {folder} does not exist; give a Hugging Face folder (config.json and safetensors)"
+        )
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{folder}/config.json cannot be read: {error.strerror}; is it a model folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{folder}/config.json is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{folder}/config.json holds {type(raw).__name__}, not an object")
+    return raw
+
+
+def _check(arch: Architecture) -> None:
+    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size"):
+        if getattr(arch, name) < 1:
+            raise ConfigError(f"{arch.folder}/config.json: {name}={getattr(arch, name)} must be positive")
+    if arch.num_heads % arch.num_kv_heads:
+        raise ConfigError(
+            f"{arch.folder}/config.json: {arch.num_heads} attention heads are not a multiple of "
+            f"{arch.num_kv_heads} key-value heads"
+        )
+    if arch.num_experts and not 0 < arch.experts_per_token <= arch.num_experts:
+        raise ConfigError(
+            f"{arch.folder}/config.json: num_experts_per_tok={arch.experts_per_token} of num_local_experts="
+            f"{arch.num_experts}; a row passes through at least one and at most all of them"
+        )

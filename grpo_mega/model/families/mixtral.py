@@ -1,0 +1,40 @@
+"""Mixtral (arXiv:2401.04088): Llama whose feed-forward layers are mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from grpo_mega.model.families import mistral
+from grpo_mega.model.families.llama import INPUT_NORM, MLP_NORM, PROJ, QKV
+from grpo_mega.model.families.table import Family, Row, columns, rows, same
+
+if TYPE_CHECKING:
+    from grpo_mega.model.architecture import Architecture
+
+_MINE, _THEIRS = "mlp.experts.local_experts.{expert}.", "block_sparse_moe.experts.{expert}."
+LAYER = (
+    INPUT_NORM,
+    QKV,
+    PROJ,
+    MLP_NORM,
+    same("mlp.router.weight", "block_sparse_moe.gate.weight", "experts", "hidden"),
+    rows(_MINE + "linear_fc1.weight", (_THEIRS + "w1.weight", _THEIRS + "w3.weight"), "expert_ffn", "hidden"),
+    columns(_MINE + "linear_fc2.weight", _THEIRS + "w2.weight", "hidden", "expert_ffn"),
+)
+
+
+def read(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": int(raw["num_local_experts"]),
+        "experts_per_token": int(raw["num_experts_per_tok"]),
+        "expert_ffn_size": int(raw["intermediate_size"]),
+        **mistral.read(raw),
+    }
+
+
+def layer(arch: Architecture, number: int) -> tuple[Row, ...]:
+    return LAYER
+
+
+FAMILY = Family("Mixtral", read, layer)

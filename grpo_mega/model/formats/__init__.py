@@ -1,0 +1,36 @@
+"""Checkpoints as they lie on disks, each opened as `Weights`: tensors under Hugging Face's names, read by slice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from grpo_mega.model.architecture import Architecture
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Weights(Protocol):
+    """An opened checkpoint; nothing is in memory but what is being read."""
+
+    arch: Architecture
+
+    def check(self) -> None:
+        """Raise ConfigError for a tensor that is missing, unknown, unreadable or of another shape than `arch` says."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of what `read` returns."""
+        ...
+
+    def read(self, name: str, dim: int = 0, start: int = 0, length: int | None = None) -> Tensor:
+        """The tensor's entries start .. start + length along `dim` (all of them), on the CPU, as `check`ed."""
+        ...
+
+
+def open_weights(arch: Architecture) -> Weights:
+    """Whatever `arch.folder` holds. Raises ConfigError when it holds no weights that are known."""
+    from grpo_mega.model.formats.hugging_face import Folder
+
+    return Folder(arch)
