@@ -74,7 +74,7 @@ def test_the_same_bits_and_transformers_logits(ranks, folders, tmp_path, world):
     by_rank = ranks(world, there_and_back, folders, CUTS[world], tmp_path, timeout=200)
     wanted = {name: logits_of(folder) for name, folder in folders.items()}
     for key in by_rank[0]:
-        name, cut = key
+        name, _cut = key
         found = [rank[key] for rank in by_rank if rank[key] is not None]
         assert found, key
         for logits in found:
