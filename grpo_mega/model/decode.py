@@ -204,7 +204,7 @@ class Decoder:
             cache = group.cache
             cache.begin_step()
             positions = cache.lengths[: cache.count]
-            hidden = self._forward(tokens, positions, lambda cos, sin: CachedRows(cos, sin, cache))
+            hidden = self.forward(tokens, positions, lambda cos, sin: CachedRows(cos, sin, cache))
             cache.end_step()
             if hidden is not None:
                 self._draw(group, hidden[: cache.count], uniforms)
@@ -218,7 +218,7 @@ class Decoder:
         """Take part in the others' step with a row of padding."""
         with cpu.suspended(), self.mesh.active():
             nothing = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
-            self._forward(nothing, nothing, lambda cos, sin: PackedRows(cos, sin, ()))
+            self.forward(nothing, nothing, lambda cos, sin: PackedRows(cos, sin, ()))
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -248,7 +248,7 @@ class Decoder:
             lengths = tuple(map(len, part))
             tokens = torch.tensor([t for p in part for t in p], device=self.mesh.device)
             positions = torch.tensor([n for p in part for n in range(len(p))], device=self.mesh.device)
-            hidden = self._forward(tokens, positions, lambda cos, sin, lengths=lengths: PromptRows(cos, sin, lengths))
+            hidden = self.forward(tokens, positions, lambda cos, sin, lengths=lengths: PromptRows(cos, sin, lengths))
             chunks.append(self._rows)
             if hidden is not None:
                 last.append(hidden[[end - 1 for end in accumulate(lengths)]])
@@ -256,7 +256,7 @@ class Decoder:
             self.idle()
         return chunks, torch.cat(last) if last else None
 
-    def _forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor | None:
+    def forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor | None:
         """This rank's stages on `[n]` tokens: the last one has `[n or more, H]` hidden states, on every rank."""
         pipeline, tensor = self.mesh.pipeline, self.mesh.tensor
         self.tick()

@@ -20,6 +20,10 @@ class Weights(Protocol):
         """Raise ConfigError for a tensor that is missing, unknown, unreadable or of another shape than `arch` says."""
         ...
 
+    def dropped(self) -> dict[str, str]:
+        """Tensors of the checkpoint that the model does not have, each with the reason."""
+        ...
+
     def dtype(self, name: str) -> torch.dtype:
         """Of what `read` returns."""
         ...

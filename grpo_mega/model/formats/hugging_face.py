@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ DTYPES = {  # safetensors' words
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
+TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model")  # one of them is in every folder with a tokenizer
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 _ABOUT_WEIGHTS = ("metadata.json", "trainer.json", "conversion_report.json")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -122,24 +123,30 @@ class Writer:
     """A new folder, written aside and renamed when it is complete: each tensor once, in any order, straight to its
     place in its file (safetensors' format: the header's length, the header, the tensors' bytes)."""
 
-    def __init__(self, arch: Architecture, destination: Path, dtypes: Mapping[str, torch.dtype]):
-        """dtypes: of each tensor. Raises OSError, as do all methods."""
+    def __init__(self, arch: Architecture, destination: Path, dtypes: Mapping[str, torch.dtype], begins: bool = True):
+        """dtypes: of each tensor. Of several processes that write together, the one that `begins` does so before the
+        others. Raises OSError, as do all methods."""
         self.arch, self.destination = arch, destination
         self.partial = destination.with_name(destination.name + ".partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
         self.dtypes, self.shapes = dtypes, shapes(arch)
         self.missing = set(self.shapes)
         self._places: dict[str, tuple[Path, int]] = {}
+        if begins:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
         files = self._in_files()
         weight_map: dict[str, str] = {}
         for n, names in enumerate(files):
             file = f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-            self._begin(self.partial / file, names)
+            self._begin(self.partial / file, names, begins)
             weight_map |= dict.fromkeys(names, file)
-        if len(files) > 1:
-            index = {"metadata": {"total_size": sum(map(self._bytes, self.shapes))}, "weight_map": weight_map}
+        if begins and len(files) > 1:
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
             (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(self._bytes, self.shapes))
 
     def _bytes(self, name: str) -> int:
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
@@ -156,22 +163,22 @@ class Writer:
             size += self._bytes(name)
         return files
 
-    def _begin(self, file: Path, names: list[str]) -> None:
+    def _begin(self, file: Path, names: list[str], creates: bool) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
             end = offset + self._bytes(name)
             word, shape = WORDS[self.dtypes[name]], list(self.shapes[name])
             header[name] = {"dtype": word, "shape": shape, "data_offsets": [offset, end]}
-            self._places[name] = file, offset
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with file.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            out.truncate(8 + len(text) + offset)
         for name in names:
-            self._places[name] = file, 8 + len(text) + self._places[name][1]
+            self._places[name] = file, 8 + len(text) + header[name]["data_offsets"][0]
+        if creates:
+            with file.open("wb") as out:
+                out.write(struct.pack("<Q", len(text)) + text)
+                out.truncate(8 + len(text) + offset)
 
     def put(self, name: str, value: Tensor) -> None:
         """Write a whole tensor, in the dtype that was announced."""
@@ -183,15 +190,21 @@ class Writer:
             out.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
         self.missing.remove(name)
 
-    def close(self, finish: Callable[[Path], None] = lambda folder: None) -> None:
-        """Add what belongs to the weights (`finish` may add more), and publish the folder under its name."""
+    def finish(self) -> None:
+        """Add what belongs to the weights. The folder is complete, under its temporary name."""
         if self.missing:
             raise AssertionError(f"{len(self.missing)} tensors incomplete, the first is {min(self.missing)}")
         dtype = str(self.dtypes[next(iter(self.shapes))]).removeprefix("torch.")
         write_companions(self.arch, self.partial, dtype)
-        finish(self.partial)
+
+    def publish(self) -> None:
+        """Give the finished folder its name."""
         shutil.rmtree(self.destination, ignore_errors=True)
         self.partial.rename(self.destination)
+
+    def close(self) -> None:
+        self.finish()
+        self.publish()
 
 
 def write_companions(arch: Architecture, folder: Path, dtype: str) -> None:
