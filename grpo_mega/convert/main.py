@@ -33,7 +33,7 @@ def convert(options: Options, ranks: int | None, arguments: Sequence[str]) -> in
     options.check()
     if "RANK" not in os.environ:
         with tempfile.TemporaryDirectory(prefix="grpo-mega-convert-") as scratch:
-            check(open_source(options, Path(scratch)), options)  # what can be refused is refused once
+            check(opened(options, Path(scratch)), options)  # what can be refused is refused once
         count = ranks or (1 if options.skip_logits else options.ranks)
         if count > 1:
             from grpo_mega.parallel.launch import start_ranks
@@ -49,6 +49,10 @@ def convert(options: Options, ranks: int | None, arguments: Sequence[str]) -> in
         code = Conversion(options, grid, progress, Path(scratch)).run()
     mesh.shutdown()
     return code
+
+
+def opened(options: Options, scratch: Path) -> Source:
+    return open_source(options.source, scratch, config=options.config, allow_pickle=options.allow_pickle)
 
 
 def check(source: Source, options: Options) -> ChatTokenizer | None:
@@ -75,7 +79,7 @@ class Conversion:
 
     def __init__(self, options: Options, grid: mesh.Mesh, progress: Progress, scratch: Path):
         self.options, self.grid, self.progress = options, grid, progress
-        self.source = open_source(options, scratch)
+        self.source = opened(options, scratch)
         self.tokenizer = check(self.source, options)
         self.dtypes = target_dtypes(self.source, options.dtype)
 

@@ -33,10 +33,6 @@ class Options:
 
     def check(self) -> None:
         """Raise ConfigError for paths that cannot be a source and a destination."""
-        if not self.source.exists():
-            raise ConfigError(
-                f"{self.source} does not exist; give a Hugging Face folder, a GGUF file or a Megatron checkpoint"
-            )
         if self.destination.exists() and not self.overwrite:
             raise ConfigError(f"{self.destination} exists; give another destination, or --overwrite to replace it")
         inside = self.destination.resolve()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_mega.convert.options import REPORT, Options
+from grpo_mega.convert.options import REPORT
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.families import read_architecture
@@ -68,9 +68,14 @@ class Source:
         ]
 
 
-def open_source(options: Options, scratch: Path) -> Source:
-    """Recognise and open the source; scratch: a folder for what has to be made of it first. Raises ConfigError."""
-    path = options.source
+def open_source(path: Path, scratch: Path, *, config: Path | None = None, allow_pickle: bool = False) -> Source:
+    """Recognise and open a checkpoint. Raises ConfigError.
+
+    scratch: a folder for what has to be made of it first; config: a folder whose config.json and tokenizer stand for
+    those that the checkpoint lacks; allow_pickle: see `open_weights`.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; give a Hugging Face folder, a GGUF file or a Megatron checkpoint")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConfigError(f"{path} is a file and not a .gguf; give the folder that it belongs to")
@@ -78,7 +83,7 @@ def open_source(options: Options, scratch: Path) -> Source:
 
         return Source(path, "gguf", GgufFile(path, scratch))
     arch = read_architecture(path)
-    return Source(path, "huggingface", open_weights(arch))
+    return Source(path, "huggingface", open_weights(arch, allow_pickle))
 
 
 def known_digests(path: Path) -> dict[str, str]:

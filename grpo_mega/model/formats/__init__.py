@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo_mega.model.architecture import Architecture
 
@@ -20,6 +20,10 @@ class Weights(Protocol):
         """Raise ConfigError for a tensor that is missing, unknown, unreadable or of another shape than `arch` says."""
         ...
 
+    def stored(self) -> dict[str, Any]:
+        """How it lies on the disk, for a person: what that means differs by format."""
+        ...
+
     def dropped(self) -> dict[str, str]:
         """Tensors of the checkpoint that the model does not have, each with the reason."""
         ...
@@ -33,8 +37,9 @@ class Weights(Protocol):
         ...
 
 
-def open_weights(arch: Architecture) -> Weights:
-    """Whatever `arch.folder` holds. Raises ConfigError when it holds no weights that are known."""
+def open_weights(arch: Architecture, allow_pickle: bool = False) -> Weights:
+    """Whatever `arch.folder` holds. Raises ConfigError when it holds no weights that are known, or pickles only and
+    not `allow_pickle`."""
     from grpo_mega.model.formats.hugging_face import Folder
 
-    return Folder(arch)
+    return Folder(arch, allow_pickle)

@@ -105,6 +105,12 @@ class GgufFile:
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
+    def stored(self) -> dict[str, Any]:
+        kinds: dict[str, int] = {}
+        for tensor in self._reader.tensors:
+            kinds[tensor.tensor_type.name] = kinds.get(tensor.tensor_type.name, 0) + 1
+        return {"stored as": kinds}
+
     def dropped(self) -> dict[str, str]:
         return {}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -37,20 +39,31 @@ class Folder:
     """The safetensors of a Hugging Face folder, opened lazily. Weights in 8-bit blocks (DeepSeek-V3's) are read as
     bfloat16: arXiv:2412.19437, section 3.3.2, weight * scale_inv of its block."""
 
-    def __init__(self, arch: Architecture):
+    def __init__(self, arch: Architecture, allow_pickle: bool = False):
+        """allow_pickle: read pytorch_model.bin too, where there are no safetensors; by torch's loader of weights only,
+        which refuses whatever else a pickle may hold."""
         self.arch, self.path = arch, arch.folder
         self._open: dict[str, Any] = {}
         self._blocks = (arch.raw.get("quantization_config") or {}).get("weight_block_size", (128, 128))
-        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
-        if index.exists():
-            try:
-                self.files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{index} is not an index of safetensors ({error!r}); fetch the file again") from None
-        elif single.exists():
-            self.files = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise ConfigError(f"{self.path} holds no model.safetensors; convert the weights to safetensors first")
+        for name in ("model.safetensors", *(["pytorch_model.bin"] if allow_pickle else [])):
+            index = self.path / f"{name}.index.json"
+            if index.exists():
+                try:
+                    self.files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    raise ConfigError(
+                        f"{index} is not an index of safetensors ({error!r}); fetch the file again"
+                    ) from None
+                return
+            if (self.path / name).exists():
+                self.files = dict.fromkeys(self._file(name).keys(), name)
+                return
+        if any(self.path.glob("pytorch_model*.bin")):
+            raise ConfigError(
+                f"{self.path} holds pytorch_model.bin, a pickle, which may run anything when it is read; take "
+                "safetensors from the publisher, or convert with --allow-pickle (only weights are let through)"
+            )
+        raise ConfigError(f"{self.path} holds no model.safetensors; convert the weights to safetensors first")
 
     def slice(self, name: str):
         """safetensors' own view of a tensor."""
@@ -103,6 +116,13 @@ class Folder:
                 if (found := tuple(self.slice(name + SCALES).get_shape())) != blocks:
                     raise ConfigError(f"{self.path}: {name}{SCALES} has shape {found}; its weight has {blocks} blocks")
 
+    def stored(self) -> dict[str, Any]:
+        kinds: dict[str, int] = {}
+        for name in self.files:
+            word = self.slice(name).get_dtype()
+            kinds[word] = kinds.get(word, 0) + 1
+        return {"safetensors files": len(set(self.files.values())), "stored as": kinds}
+
     def dropped(self) -> dict[str, str]:
         """Tensors that the model does not have, with the reason."""
         return {name: reason for name in self.files if (reason := dropped(self.arch, name)) is not None}
@@ -113,10 +133,47 @@ class Folder:
     def _file(self, name: str):
         if name not in self._open:
             try:
-                self._open[name] = safe_open(self.path / name, "pt")
+                pickled = name.endswith(".bin")
+                self._open[name] = _Pickled(self.path / name) if pickled else safe_open(self.path / name, "pt")
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{self.path / name} cannot be read: {error}; fetch the file again") from None
         return self._open[name]
+
+
+class _Pickled:
+    """pytorch_model.bin with the methods of an open safetensors file; its bytes stay on the disk until read."""
+
+    def __init__(self, file: Path):
+        try:
+            self._tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            foreign = re.search(r"GLOBAL (\S+)", str(error))
+            words = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())[:200]
+            raise OSError(f"it holds {foreign[1]}, which is no weight" if foreign else words) from error
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_slice(self, name: str) -> _View:
+        if name not in self._tensors:
+            raise SafetensorError(name)
+        return _View(self._tensors[name])
+
+
+class _View:
+    """A tensor with the methods of safetensors' slices."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return WORDS.get(self._tensor.dtype, str(self._tensor.dtype))
+
+    def __getitem__(self, where: Any) -> Tensor:
+        return self._tensor[where].clone()
 
 
 class Writer:
