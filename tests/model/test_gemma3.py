@@ -218,6 +218,6 @@ def test_config_is_read_as_transformers_reads_it(name):
     ],
 )
 def test_what_is_not_computed_is_refused(change, message):
-    with pytest.raises(ConfigError, match="^folder/config") as error:
+    with pytest.raises(ConfigError, match=r"^folder/config\.json") as error:
         architecture_of(NAME | change, Path("folder"))
     assert message in str(error.value)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest import mock
 
+import families
 import pytest
 import torch
 
+from grpo_mega.model.families import architecture_of
 from grpo_mega.parallel.context import places_of
 from grpo_mega.parallel.mesh import initialize
 
@@ -108,3 +111,33 @@ def test_every_window_is_another_attention():
 
 def test_a_window_over_everything_costs_nothing(ranks):
     assert ranks(1, fast_path_only, (None, 24, 1000)) == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mistral", {}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 9}),
+        ("mixtral", {}),
+        ("mixtral", {"sliding_window": 9}),
+        ("qwen2", {"sliding_window": 9, "max_window_layers": 1}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+        ("qwen3_moe", {"sliding_window": 9, "max_window_layers": 1}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    ],
+)
+def test_windows_are_read_as_transformers_reads_them(name, settings):
+    import transformers
+
+    kind, others = families.MODELS[name]
+    raw = families.COMMON | others | {"num_hidden_layers": 4, "architectures": [f"{kind}ForCausalLM"]}
+    raw.pop("sliding_window", None)
+    arch = architecture_of(raw | settings, Path("folder"))
+    config = getattr(transformers, f"{kind}Config")(**raw | settings)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 4
+    wanted = [config.sliding_window if each == "sliding_attention" else None for each in kinds]
+    assert [arch.window(layer) for layer in range(4)] == wanted
