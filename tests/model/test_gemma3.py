@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from families import make_family
+from families import logits_of, make_family
+from safetensors.torch import load_file, save_file
 from sharded import TEMPERATURE, gradients_of, hugging_face, load_in_float64, objective, samples, token_loss, whole
 
 from grpo_mega.config import OptimizerConfig, ParallelConfig
@@ -168,6 +170,46 @@ def test_a_checkpoint_has_norms_behind_linears_once(ranks, folder):
     for name in first:
         assert first[name][0] == second[name][0] == (6, 48)  # megatron stacks the layers
         assert first[name][1] != second[name][1], f"{name}: both ranks would write it"
+
+
+# ---- folders with more than the language model
+
+
+def beside_images(folder, destination, begin):
+    """A folder of transformers' with a vision tower, its language model that of `folder`; begin: how names begin."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    config = json.loads((folder / "config.json").read_text())
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=config, vision_config=vision, mm_tokens_per_image=4)
+    )
+    model.save_pretrained(destination)
+    rest = {k: v for k, v in load_file(destination / "model.safetensors").items() if "language_model" not in k}
+    text = {name.replace("model.", begin, 1): v for name, v in load_file(folder / "model.safetensors").items()}
+    save_file(rest | text, destination / "model.safetensors", {"format": "pt"})
+    return destination
+
+
+def through(folder, destination):
+    """The folder as it comes out again."""
+    from grpo_mega.model import bridge
+    from grpo_mega.model.build import build_model
+
+    mesh = initialize(**ParallelConfig().sizes)
+    arch = read_architecture(folder)
+    model = build_model(arch, mesh, ParallelConfig(), trainable=False)
+    bridge.export(model, arch, mesh, (arch.num_layers,), destination)
+
+
+@pytest.mark.parametrize("begin", ["language_model.model.", "model.language_model."])
+def test_the_language_model_is_taken_out_of_a_folder_with_images(ranks, folder, tmp_path, begin):
+    ranks(1, through, beside_images(folder, tmp_path / "images", begin), tmp_path / "text")
+    found, wanted = (load_file(path / "model.safetensors") for path in (tmp_path / "text", folder))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert torch.equal(logits_of(tmp_path / "text"), logits_of(folder))
 
 
 # ---- config.json

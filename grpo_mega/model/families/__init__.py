@@ -13,6 +13,7 @@ from grpo_mega.model.families import gemma3, llama, mistral, mixtral, qwen2, qwe
 
 FAMILIES = {
     "Gemma3ForCausalLM": gemma3.FAMILY,
+    "Gemma3ForConditionalGeneration": gemma3.BESIDE_IMAGES,
     "LlamaForCausalLM": llama.FAMILY,
     "MistralForCausalLM": mistral.FAMILY,
     "MixtralForCausalLM": mixtral.FAMILY,
@@ -35,8 +36,9 @@ def architecture_of(raw: dict[str, Any], folder: Path) -> Architecture:
     if names[0] not in FAMILIES:
         raise ConfigError(f"{folder}/config.json names the architecture {names[0]!r}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[names[0]]
-    known = {**family.defaults, **raw}
     try:
+        raw = family.text(raw)
+        known = {**family.defaults, **raw}
         fields = _fields(known) | family.read(known)
         activation = str(known.get("hidden_act", known.get("hidden_activation", "silu")))
         if activation not in ACTIVATIONS:

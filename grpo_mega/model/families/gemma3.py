@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from grpo_mega.model.families.llama import FEED_FORWARD, INPUT_NORM, PROJ, QKV
@@ -70,4 +71,27 @@ def layer(arch: Architecture, number: int) -> tuple[Row, ...]:
     return LAYER
 
 
+def _text(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **raw["text_config"],
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+    }
+
+
+def _drops(arch: Architecture) -> dict[str, str]:
+    return {r"(model\.)?(vision_tower|multi_modal_projector)\..*": "only the language model is trained"}
+
+
 FAMILY = Family("Gemma 3", read, layer, defaults=DEFAULTS)
+BESIDE_IMAGES = replace(
+    FAMILY,
+    drops=_drops,
+    text=_text,
+    prefixes={  # as published, and as newer folders have it
+        "language_model.model.": "model.",
+        "model.language_model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+    },
+)

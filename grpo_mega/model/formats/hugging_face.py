@@ -50,11 +50,13 @@ class Folder:
             self.files = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
         else:
             raise ConfigError(f"{self.path} holds no model.safetensors; convert the weights to safetensors first")
+        self._named = {self._alone(name): name for name in self.files}
+        self.files = {name: self.files[named] for name, named in self._named.items()}
 
     def slice(self, name: str):
         """safetensors' own view of a tensor."""
         try:
-            return self._file(self.files[name]).get_slice(name)
+            return self._file(self.files[name]).get_slice(self._named[name])
         except SafetensorError:
             file = self.path / self.files[name]
             raise ConfigError(f"{file} lacks {name}, which the index says it holds; fetch both again") from None
@@ -105,6 +107,12 @@ class Folder:
     def dropped(self) -> dict[str, str]:
         """Tensors that the model does not have, with the reason."""
         return {name: reason for name in self.files if (reason := dropped(self.arch, name)) is not None}
+
+    def _alone(self, name: str) -> str:
+        """What a tensor of this folder is called where the language model is alone."""
+        prefixes = self.arch.family.prefixes
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        return prefixes.get(prefix, "") + name.removeprefix(prefix)
 
     def _explained(self, name: str, wanted: Mapping[str, Any]) -> bool:
         return name.removesuffix(SCALES) in wanted or dropped(self.arch, name) is not None
