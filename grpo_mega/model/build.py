@@ -54,7 +54,7 @@ def transformer_config(
         kv_channels=arch.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
-        layernorm_zero_centered_gamma=arch.norm_offset == 1.0,
+        layernorm_zero_centered_gamma=bool(arch.norm_offset),
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[arch.activation],
         add_bias_linear=False,

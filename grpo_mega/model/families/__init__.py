@@ -12,14 +12,14 @@ from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.families import gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 
 FAMILIES = {
-    "Gemma3ForCausalLM": gemma3.FAMILY,
-    "Gemma3ForConditionalGeneration": gemma3.BESIDE_IMAGES,
     "LlamaForCausalLM": llama.FAMILY,
     "MistralForCausalLM": mistral.FAMILY,
     "MixtralForCausalLM": mixtral.FAMILY,
     "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
     "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
+    "Gemma3ForCausalLM": gemma3.FAMILY,
+    "Gemma3ForConditionalGeneration": gemma3.BESIDE_IMAGES,
 }
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 

@@ -48,7 +48,7 @@ def read(raw: Mapping[str, Any]) -> dict[str, Any]:
         "rope_of_layer": tuple(int(kind == LOCAL) for kind in kinds),
         "qk_norm": True,
         "query_scale": (raw["head_dim"] / raw["query_pre_attn_scalar"]) ** 0.5,
-        "norm_offset": 1.0,
+        "norm_offset": 1,
         "post_norms": True,
         "embedding_scale": raw["hidden_size"] ** 0.5,
     }
