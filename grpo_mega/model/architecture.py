@@ -63,7 +63,7 @@ class Architecture:
     latent: Latent | None = None
     query_scale: float = 1.0
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    norm_offset: float = 0.0
+    norm_offset: Literal[0, 1] = 0
     post_norms: bool = False
     embedding_scale: float = 1.0
     num_experts: int = 0

@@ -54,6 +54,7 @@ def transformer_config(
         kv_channels=arch.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
+        layernorm_zero_centered_gamma=bool(arch.norm_offset),
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[arch.activation],
         add_bias_linear=False,
@@ -105,6 +106,15 @@ def _mark_tensor_parallel(model: ModelParts, arch: Architecture, place: bridge.P
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=whole.row.cut, stride=1)
 
 
+def _scale_embedding(part: TrunkModel, scale: float, dtype: torch.dtype) -> None:
+    """Multiply what the embedding gives by `scale`, rounded to the weights' dtype as the model's publisher does.
+
+    The weights stay as they are: an output layer that is tied to them is not scaled.
+    """
+    rounded = torch.tensor(scale, dtype=dtype).item()
+    part.embedding.register_forward_hook(lambda module, inputs, output: output * rounded)
+
+
 def build_model(
     arch: Architecture,
     mesh: Mesh,
@@ -126,8 +136,7 @@ def build_model(
     check_experts(arch, parallel.tensor, parallel.expert, parallel.expert_tensor)
     config = transformer_config(arch, parallel, dtype, mesh.device, recompute, moe)
     layers = layers_per_stage(arch, parallel.stages, parallel.pipeline_layout)
-    frequencies, factor = rope_inverse_frequencies(arch)
-    rope = Rope(frequencies, factor, mesh.device, dtype)
+    rope = Rope([rope_inverse_frequencies(arch, kind) for kind in range(len(arch.ropes))], mesh.device, dtype)
     parts = []
     for virtual, stage in enumerate(mesh.stages):
         part = TrunkModel(
@@ -143,6 +152,8 @@ def build_model(
             pg_collection=mesh.groups,
         )
         part.rope = rope
+        if part.pre_process and arch.embedding_scale != 1.0:
+            _scale_embedding(part, arch.embedding_scale, dtype)
         parts.append(part)
     model = ModelParts(parts).to(mesh.device)
     place = bridge.Place.of(mesh, layers)

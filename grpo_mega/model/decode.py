@@ -40,9 +40,9 @@ class PromptRows(PackedRows):
 
     store: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
         self.store[layer] = (key, value)
-        return PackedRows.attend(self, layer, query, key, value)
+        return PackedRows.attend(self, layer, query, key, value, window)
 
     def prompt(self, place: int) -> slice:
         """The rows of the chunk's prompt number `place`."""
@@ -58,12 +58,14 @@ class CachedRows:
     sin: Tensor
     cache: KVCache
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [R, heads, d] -> [R, heads, d]: softmax(q K^T / sqrt(d)) V over the row's own length."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+        """query [R, heads, d] -> [R, heads, d]: softmax(q K^T / sqrt(d)) V over the row's own length, or its end."""
         cache, count = self.cache, self.cache.count
-        keys, values = cache.append(layer, key[:count], value[:count])  # [count, kv_heads, L, d]
+        first, hidden = cache.sight(window)
+        keys, values = (x[:, :, first:] for x in cache.append(layer, key[:count], value[:count]))
+        # [count, kv_heads, L, d]
         heads = query[:count].unflatten(1, (keys.shape[1], -1)) * query.shape[-1] ** -0.5
-        scores = (heads @ keys.transpose(2, 3)).masked_fill_(cache.beyond[:, None, None], -torch.inf)
+        scores = (heads @ keys.transpose(2, 3)).masked_fill_(hidden[:, None, None], -torch.inf)
         context = (torch.softmax(scores, dim=-1) @ values).flatten(1, 2)
         return torch.cat((context, query[count:])) if len(query) > count else context
 
@@ -95,11 +97,25 @@ class KVCache:
         self.begin_step()
 
     def begin_step(self) -> None:
-        """Fix what this step's layers share: the reach of the longest row and the mask of what a row must not see."""
+        """Fix what this step's layers share: the reach of the longest row and the masks of what a row must not see."""
         live = self.lengths[: self.count]
         self.reach = int(live.max()) + 1
         self.rows = torch.arange(self.count, device=live.device)
-        self.beyond = torch.arange(self.reach, device=live.device) > live.unsqueeze(1)
+        self.positions = torch.arange(self.reach, device=live.device)
+        whole = 0, self.positions > live.unsqueeze(1)
+        self.sights: dict[int | None, tuple[int, Tensor]] = {None: whole}
+
+    def sight(self, window: int | None) -> tuple[int, Tensor]:
+        """What this step's rows see of their caches, in layers with that window: the first position that any of them
+        sees, and `[count, reach - first]` bool: of the positions from there on, those that a row does not see."""
+        if window is None or window >= self.reach:
+            return self.sights[None]
+        if window not in self.sights:
+            at = self.lengths[: self.count].unsqueeze(1)
+            first = max(int(at.min()) - window + 1, 0)
+            positions = self.positions[first:]
+            self.sights[window] = first, (positions > at) | (positions <= at - window)
+        return self.sights[window]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new position into every live row; returns views [count, kv_heads, reach, d] of keys and values."""

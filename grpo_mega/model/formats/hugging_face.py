@@ -45,19 +45,23 @@ class Folder:
         self.arch, self.path = arch, arch.folder
         self._open: dict[str, Any] = {}
         self._blocks = (arch.raw.get("quantization_config") or {}).get("weight_block_size", (128, 128))
+        files = self._in_files(allow_pickle)
+        self._named = {self._alone(name): name for name in files}
+        self.files = {name: files[named] for name, named in self._named.items()}
+
+    def _in_files(self, allow_pickle: bool) -> dict[str, str]:
+        """The folder's tensors, under its own names, with the file that holds each."""
         for name in ("model.safetensors", *(["pytorch_model.bin"] if allow_pickle else [])):
             index = self.path / f"{name}.index.json"
             if index.exists():
                 try:
-                    self.files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
                 except (OSError, ValueError, KeyError, TypeError) as error:
                     raise ConfigError(
                         f"{index} is not an index of safetensors ({error!r}); fetch the file again"
                     ) from None
-                return
             if (self.path / name).exists():
-                self.files = dict.fromkeys(self._file(name).keys(), name)
-                return
+                return dict.fromkeys(self._file(name).keys(), name)
         if any(self.path.glob("pytorch_model*.bin")):
             raise ConfigError(
                 f"{self.path} holds pytorch_model.bin, a pickle, which may run anything when it is read; take "
@@ -68,7 +72,7 @@ class Folder:
     def slice(self, name: str):
         """safetensors' own view of a tensor."""
         try:
-            return self._file(self.files[name]).get_slice(name)
+            return self._file(self.files[name]).get_slice(self._named[name])
         except SafetensorError:
             file = self.path / self.files[name]
             raise ConfigError(f"{file} lacks {name}, which the index says it holds; fetch both again") from None
@@ -126,6 +130,12 @@ class Folder:
     def dropped(self) -> dict[str, str]:
         """Tensors that the model does not have, with the reason."""
         return {name: reason for name in self.files if (reason := dropped(self.arch, name)) is not None}
+
+    def _alone(self, name: str) -> str:
+        """What a tensor of this folder is called where the language model is alone."""
+        prefixes = self.arch.family.prefixes
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        return prefixes.get(prefix, "") + name.removeprefix(prefix)
 
     def _explained(self, name: str, wanted: Mapping[str, Any]) -> bool:
         return name.removesuffix(SCALES) in wanted or dropped(self.arch, name) is not None
