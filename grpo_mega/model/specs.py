@@ -98,7 +98,7 @@ def layer_spec(arch: Architecture, number: int) -> ModuleSpec:
             self_attention=_attention(arch, number),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mixture_spec() if mixture else ModuleSpec(module=MLP, submodules=LINEARS),
+            mlp=mixture_spec(arch) if mixture else ModuleSpec(module=MLP, submodules=LINEARS),
             mlp_bda=get_bias_dropout_add,
         ),
     )
