@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.attention import NoCoreAttention, Rope, RowAttention
 from grpo_mega.model.experts import LINEARS, MixtureLayer, mixture_spec
+from grpo_mega.model.latent import LatentAttention
 
 
 class RMSNorm(nn.Module):
@@ -105,6 +106,9 @@ def layer_spec(arch: Architecture, number: int) -> ModuleSpec:
 
 
 def _attention(arch: Architecture, number: int) -> ModuleSpec:
+    if arch.latent is not None:
+        params = {"latent": arch.latent, "query_scale": arch.query_scale, "norm": RMSNorm}
+        return ModuleSpec(module=LatentAttention, params=params)
     head_norm = RMSNorm if arch.qk_norm else IdentityOp
     return ModuleSpec(
         module=RowAttention,
