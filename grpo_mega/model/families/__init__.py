@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture
-from grpo_mega.model.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from grpo_mega.model.families import deepseek, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 
 FAMILIES = {
+    "DeepseekV2ForCausalLM": deepseek.V2,
+    "DeepseekV3ForCausalLM": deepseek.V3,
     "LlamaForCausalLM": llama.FAMILY,
     "MistralForCausalLM": mistral.FAMILY,
     "MixtralForCausalLM": mixtral.FAMILY,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -82,13 +82,15 @@ class Family:
 
     read: config.json -> fields of Architecture beyond those that all have in common; raises KeyError, ValueError.
     layer: the rows of the decoder layer of that number. drops: names (as regular expressions) of tensors that folders
-    of the family carry and that the model does not have, each with the reason.
+    of the family carry and that the model does not have, each with the reason. changes: what config.json says instead
+    in a folder that we write, of which `drops` are no part.
     """
 
     title: str
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     layer: Callable[[Architecture, int], tuple[Row, ...]]
     drops: Callable[[Architecture], Mapping[str, str]] = lambda arch: {}
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def dropped(arch: Architecture, name: str) -> str | None:
