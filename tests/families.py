@@ -27,6 +27,15 @@ GEMMA3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 6, "head_dim": 6, "q_lora_rank": 20, "kv_lora_rank": 14, "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6, "v_head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (transformers' class without its ending, settings)
     "llama": ("Llama", {}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -40,6 +49,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (transformers' clas
     "qwen3_moe": ("Qwen3Moe", MIXTURE | {"norm_topk_prob": True}),
     "gemma3": ("Gemma3", GEMMA3),
     "qwen3_moe-raw": ("Qwen3Moe", MIXTURE | {"norm_topk_prob": False, "mlp_only_layers": [1]}),
+    "deepseek_v2": (
+        "DeepseekV2",
+        LATENT | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "n_shared_experts": 2},
+    ),
+    "deepseek_v2-lite": ("DeepseekV2", LATENT | {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 1}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        LATENT | {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "rope_parameters": YARN},
+    ),
 }
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4]
 

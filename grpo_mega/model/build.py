@@ -18,7 +18,7 @@ from grpo_mega.model.architecture import (
     padded_vocab_size,
 )
 from grpo_mega.model.attention import Rope
-from grpo_mega.model.experts import mixture_settings
+from grpo_mega.model.experts import TopRouter, mixture_settings
 from grpo_mega.model.layout import first_layer, layers_per_stage
 from grpo_mega.model.rotary import rope_inverse_frequencies
 from grpo_mega.model.specs import ModelParts, TrunkModel, block_spec
@@ -84,7 +84,8 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **{"none": {}, "selective": selective, "full": full}[recompute],
-        **({"ffn_hidden_size": arch.ffn_size} | mixture_settings(arch, parallel, moe or MoeConfig())),
+        ffn_hidden_size=arch.ffn_size,
+        **mixture_settings(arch, parallel, moe or MoeConfig()),
     )
 
 
@@ -161,4 +162,7 @@ def build_model(
         bridge.load(model, arch, place, tick)
     _mark_tensor_parallel(model, arch, place)
     model.requires_grad_(trainable)
+    for module in model.modules():
+        if isinstance(module, TopRouter) and module.expert_bias is not None:
+            module.expert_bias.requires_grad_(False)
     return model

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.attention import NoCoreAttention, Rope, RowAttention
 from grpo_mega.model.experts import LINEARS, MixtureLayer, mixture_spec
+from grpo_mega.model.latent import LatentAttention
 
 
 class RMSNorm(nn.Module):
@@ -125,13 +126,16 @@ def layer_spec(arch: Architecture, number: int) -> ModuleSpec:
             self_attention=_attention(arch, number),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mixture_spec() if mixture else feed_forward,
+            mlp=mixture_spec(arch) if mixture else feed_forward,
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
 def _attention(arch: Architecture, number: int) -> ModuleSpec:
+    if arch.latent is not None:
+        params = {"latent": arch.latent, "query_scale": arch.query_scale, "norm": RMSNorm}
+        return ModuleSpec(module=LatentAttention, params=params)
     head_norm = RMSNorm if arch.qk_norm else IdentityOp
     return ModuleSpec(
         module=RowAttention,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture
-from grpo_mega.model.families import gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from grpo_mega.model.families import deepseek, gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 
 FAMILIES = {
     "LlamaForCausalLM": llama.FAMILY,
@@ -20,6 +20,8 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
     "Gemma3ForCausalLM": gemma3.FAMILY,
     "Gemma3ForConditionalGeneration": gemma3.BESIDE_IMAGES,
+    "DeepseekV2ForCausalLM": deepseek.V2,
+    "DeepseekV3ForCausalLM": deepseek.V3,
 }
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 

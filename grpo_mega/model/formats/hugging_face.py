@@ -89,9 +89,8 @@ class Folder:
             return values
         scales = self.slice(name + SCALES)[:]
         for axis, block in enumerate(self._blocks):
-            scales = scales.repeat_interleave(block, dim=axis)
-            low, count = (start, length) if axis == dim else (0, values.shape[axis])
-            scales = scales.narrow(axis, low, count)
+            low = start if axis == dim else 0
+            scales = scales.index_select(axis, torch.arange(low, low + values.shape[axis]) // block)
         return (values.float() * scales).bfloat16()
 
     def check(self) -> None:
@@ -277,7 +276,8 @@ class Writer:
 def write_companions(arch: Architecture, folder: Path, dtype: str) -> None:
     """config.json for these weights, and what lies beside them in the model's folder: tokenizer, generation rules."""
     left_out = ("torch_dtype", "quantization_config")
-    config = {key: value for key, value in arch.raw.items() if key not in left_out} | {"dtype": dtype}
+    config = {key: value for key, value in arch.raw.items() if key not in left_out}
+    config |= {"dtype": dtype, **arch.family.changes}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for source in companions(arch.folder):
         if not (folder / source.name).exists():
