@@ -16,7 +16,15 @@ import torch
 from grpo_mega.convert import proof, report
 from grpo_mega.convert.options import REPORT, Options
 from grpo_mega.convert.source import Source, check_downloads, known_digests, open_source, summary
-from grpo_mega.convert.write import HuggingFaceTarget, Target, check_space, read_back, target_dtypes, together
+from grpo_mega.convert.write import (
+    HuggingFaceTarget,
+    MegatronTarget,
+    Target,
+    check_space,
+    read_back,
+    target_dtypes,
+    together,
+)
 from grpo_mega.data.tokenizer import ChatTokenizer, check_vocabulary, load_tokenizer
 from grpo_mega.errors import DataError
 from grpo_mega.model.architecture import check_experts, check_layout, padded_vocab_size
@@ -87,7 +95,8 @@ class Conversion:
         """0 when the destination is published; 1 when the logits differ: then it stands under another name."""
         options, grid, progress = self.options, self.grid, self.progress
         verified = together(grid, lambda: check_downloads(options.source) if grid.is_writer else 0)
-        target: Target = HuggingFaceTarget(self.source, options, self.dtypes, grid)
+        make = HuggingFaceTarget if options.to == "huggingface" else MegatronTarget
+        target: Target = make(self.source, options, self.dtypes, grid)
         try:
             with progress.task("writing", f" {options.destination}"):
                 target.write(grid, progress.tick)

@@ -20,6 +20,9 @@ from grpo_mega.config import ParallelConfig
 from grpo_mega.data.tokenizer import ChatTokenizer
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture
+from grpo_mega.model.families import read_architecture
+from grpo_mega.model.formats import open_weights
+from grpo_mega.model.names import shapes
 from grpo_mega.parallel.mesh import Mesh
 
 LENGTH = 48  # tokens of a prompt, at most
@@ -117,21 +120,29 @@ def bound_of(arch: Architecture, source: set[torch.dtype], target: set[torch.dty
 
 
 def by_transformers(path: Path, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-    """[T, V] float32 of each prompt from a Hugging Face folder or a GGUF file."""
+    """[T, V] float32 of each prompt from a Hugging Face folder or a GGUF file.
+
+    Weights in 8-bit blocks are dequantised by our reader: transformers' own wants a GPU or further packages.
+    """
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    make: Any = AutoModelForCausalLM
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
     if path.is_file():
         where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     else:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True)
         if getattr(config, "quantization_config", None):
-            from transformers import FineGrainedFP8Config
-
-            where["quantization_config"] = FineGrainedFP8Config(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, local_files_only=True).eval()
+            del config.quantization_config
+            arch = read_architecture(path)
+            weights = open_weights(arch)
+            state = {name: weights.read(name) for name in shapes(arch)}
+            where = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state}
+            make = getattr(transformers, config.architectures[0])
+    model = make.from_pretrained(**where, dtype=torch.float32, local_files_only=True).eval()
     with torch.no_grad():
         return [model(torch.tensor([tokens])).logits[0].float() for tokens in ids]
 

@@ -55,6 +55,9 @@ class Source:
                 "lm_head.weight holds other numbers; set tie_word_embeddings to false there, or remove lm_head.weight"
             )
 
+    def stored(self) -> dict[str, Any]:
+        return self.weights.stored()
+
     def dropped(self) -> dict[str, str]:
         return self.weights.dropped()
 
@@ -146,4 +149,5 @@ def summary(source: Source) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for shape in names.values()),
         "tensors": len(names),
         "dtypes": kinds,
+        "stored": source.stored(),
     }

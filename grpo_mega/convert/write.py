@@ -14,6 +14,7 @@ from grpo_mega.convert.source import Source, digest
 from grpo_mega.errors import CheckpointError, ConfigError, GrpoMegaError, RunDirectoryError
 from grpo_mega.model.formats import Weights
 from grpo_mega.model.formats.hugging_face import Writer
+from grpo_mega.model.formats.torch_dist_writer import Layout, TorchDistWriter
 from grpo_mega.model.names import float32_names, shapes
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
@@ -78,6 +79,33 @@ class HuggingFaceTarget:
         for missing in collectives.gather_objects(self.writer.missing, mesh.world.group):
             self.writer.missing &= missing
         together(mesh, self.writer.finish if mesh.is_writer else _nothing)
+
+    def publish(self) -> None:
+        self.writer.publish()
+
+
+class MegatronTarget:
+    """A distributed checkpoint of Megatron's."""
+
+    def __init__(self, source: Source, options: Options, dtypes: Mapping[str, torch.dtype], mesh: Mesh):
+        parallel = options.parallel
+        layout = Layout(parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
+        begin = lambda begins: TorchDistWriter(  # noqa: E731
+            source,
+            options.destination,
+            layout,
+            dtypes,
+            transformer_engine_names=options.names == "te",
+            begins=begins,
+        )
+        first = together(mesh, lambda: begin(True) if mesh.is_writer else None)
+        self.writer: TorchDistWriter = first or begin(False)
+        self.partial = self.writer.partial
+
+    def write(self, mesh: Mesh, tick: Tick) -> None:
+        mine = together(mesh, lambda: self.writer.write(mesh.world.rank, mesh.world.size, tick))
+        everyone = collectives.gather_objects(mine, mesh.world.group)
+        together(mesh, lambda: self.writer.finish(everyone) if mesh.is_writer else None)
 
     def publish(self) -> None:
         self.writer.publish()

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import shutil
 
 import pytest
 import torch
+from converting import commands
 from families import logits_of, make_family
 from safetensors.torch import load_file, save_file
 
 UP, Q, K = "model.layers.1.mlp.up_proj.weight", *(f"model.layers.0.self_attn.{k}_proj.weight" for k in "qk")
-
-
-def commands(several):
-    """On a rank: (exit code, what was printed) of each command."""
-    from grpo_mega import cli
-
-    answers = []
-    for arguments in several:
-        heard = io.StringIO()
-        with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
-            code = cli.run(["convert", *map(str, arguments)])
-        answers.append((code, heard.getvalue()))
-    return answers
 
 
 @pytest.fixture
@@ -100,6 +86,36 @@ def test_without_logits_the_report_says_so(convert, folder, tmp_path):
 def test_a_source_that_predicts_nothing_is_pointed_at(convert, folder, tmp_path):
     _, words = convert(folder, tmp_path / "made", "--to", "huggingface")
     assert "warning: the source predicts plain text no better than chance" in words  # its weights are random
+
+
+def in_8_bit_blocks(folder):
+    """The folder's projections as float8_e4m3fn in blocks of 128 x 128 with scale_inv beside, as DeepSeek-V3's are."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def change(tensors):
+        for name in [name for name in tensors if "proj" in name]:
+            scale = tensors[name].abs().max() / 448  # one block each: no dimension reaches 128
+            tensors[name + "_scale_inv"] = scale.reshape(1, 1)
+            tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+
+    spoil(folder, change)
+
+
+def test_8_bit_blocks_come_out_dequantised(convert, tmp_path):
+    folder = make_family(tmp_path / "model", "deepseek_v3")
+    plain = load_file(folder / "model.safetensors")
+    in_8_bit_blocks(folder)
+    code, words = convert(folder, tmp_path / "made", "--to", "huggingface")
+    assert code == 0, words
+    made, found = load_file(tmp_path / "made" / "model.safetensors"), read_report(tmp_path / "made")
+    assert made.keys() == plain.keys() and found["source"]["stored"]["stored as"]["F8_E4M3"] == len(plain) - 21
+    for name, tensor in plain.items():
+        assert made[name].dtype == (torch.bfloat16 if "proj" in name else torch.float32)
+        assert (made[name].float() - tensor).abs().max() <= tensor.abs().max() / 16, name  # 4 bits of mantissa
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 0
 
 
 # ---- what is caught
