@@ -28,7 +28,12 @@ DTYPES = {  # safetensors' words
 }  # fmt: skip
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
-_ABOUT_WEIGHTS = ("metadata.json", "trainer.json", "conversion_report.json")
+_ABOUT_WEIGHTS = (
+    "metadata.json",
+    "trainer.json",
+    "conversion_report.json",
+    "latest_checkpointed_iteration.txt",
+)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,6 +106,13 @@ class Folder:
                 blocks = tuple(math.ceil(length / block) for length, block in zip(shape, self._blocks, strict=True))
                 if (found := tuple(self.slice(name + SCALES).get_shape())) != blocks:
                     raise ConfigError(f"{self.path}: {name}{SCALES} has shape {found}; its weight has {blocks} blocks")
+
+    def stored(self) -> dict[str, Any]:
+        kinds: dict[str, int] = {}
+        for name in self.files:
+            word = self.slice(name).get_dtype()
+            kinds[word] = kinds.get(word, 0) + 1
+        return {"safetensors files": len(set(self.files.values())), "stored as": kinds}
 
     def dropped(self) -> dict[str, str]:
         """Tensors that the model does not have, with the reason."""
