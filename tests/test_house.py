@@ -26,7 +26,13 @@ FLOORS = {  # a room imports its own floor and lower ones; __init__ is grpo_mega
     **dict.fromkeys(("cli", "selftest", "convert", "__main__"), 7),
 }
 ONLY = {  # a library, or a part of one -> the rooms and modules that may name it
-    "torch.distributed": ("parallel", "trainer.checkpoint"),
+    # of model.formats the records of checkpoints alone
+    "torch.distributed": (
+        "parallel",
+        "trainer.checkpoint",
+        "model.formats.torch_dist",
+        "model.formats.torch_dist_writer",
+    ),
     "megatron.core.parallel_state": ("parallel.mesh",),
     "megatron": ("parallel", "model", "trainer"),
     "transformer_engine": ("model.precision", "model.specs"),

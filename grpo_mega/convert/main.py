@@ -29,7 +29,7 @@ from grpo_mega.data.tokenizer import ChatTokenizer, check_vocabulary, load_token
 from grpo_mega.errors import DataError
 from grpo_mega.model.architecture import check_experts, check_layout, padded_vocab_size
 from grpo_mega.model.families import read_architecture
-from grpo_mega.model.formats import open_weights
+from grpo_mega.model.formats import Weights, open_weights
 from grpo_mega.model.formats.hugging_face import TOKENIZER_MARKS
 from grpo_mega.model.names import shapes
 from grpo_mega.parallel import collectives, mesh
@@ -140,9 +140,10 @@ class Conversion:
             return None
         ids = proof.prompts(self.tokenizer, source.arch.vocab_size)
         with self.progress.task("logits of the source"):
-            before = self._run(source.kind, source.path, source.arch, ids)
+            before = self._run(source.kind, source.path, source.weights, ids)
         with self.progress.task("logits of the destination"):
-            after = self._run(options.to, target.partial, read_architecture(target.partial), ids)
+            written = open_weights(read_architecture(target.partial))
+            after = self._run(options.to, target.partial, written, ids)
         found = None
         if grid.is_writer:
             names = shapes(source.arch)
@@ -150,9 +151,9 @@ class Conversion:
             found = proof.compare(before, after, ids, bound=bound, texts=self.tokenizer is not None)
         return collectives.broadcast_object(found, grid.world.group)
 
-    def _run(self, kind: str, path: Path, arch: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def _run(self, kind: str, path: Path, weights: Weights, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         if kind == "megatron":
-            return proof.by_megatron(arch, self.options.parallel, self.grid, ids)
+            return proof.by_megatron(weights, self.options.parallel, self.grid, ids)
         found = together(self.grid, lambda: _by_transformers(path, ids) if self.grid.is_writer else [])
         return found
 

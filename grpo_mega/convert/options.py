@@ -10,6 +10,7 @@ from typing import Literal
 
 from grpo_mega.config import ParallelConfig
 from grpo_mega.errors import ConfigError
+from grpo_mega.model.formats.find import find_checkpoint
 
 DTYPES = ("fp32", "bf16", "fp16", "fp64")
 REPORT = "conversion_report.json"
@@ -74,6 +75,8 @@ def options_of(given: argparse.Namespace) -> Options:
 
 
 def is_megatron(path: Path) -> bool:
-    """Whether a folder looks like a checkpoint of Megatron's."""
-    marks = ("metadata.json", "latest_checkpointed_iteration.txt", "latest")
-    return path.is_dir() and (any((path / mark).exists() for mark in marks) or any(path.glob("mp_rank_*")))
+    """Whether a folder is a checkpoint of Megatron's."""
+    try:
+        return path.is_dir() and find_checkpoint(path).kind != "huggingface"
+    except ConfigError:
+        return False  # what it is instead, its opening will say

@@ -21,7 +21,7 @@ from grpo_mega.data.tokenizer import ChatTokenizer
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.families import read_architecture
-from grpo_mega.model.formats import open_weights
+from grpo_mega.model.formats import Weights, open_weights
 from grpo_mega.model.names import shapes
 from grpo_mega.parallel.mesh import Mesh
 
@@ -147,12 +147,13 @@ def by_transformers(path: Path, ids: Sequence[Sequence[int]]) -> list[Tensor]:
         return [model(torch.tensor([tokens])).logits[0].float() for tokens in ids]
 
 
-def by_megatron(arch: Architecture, parallel: ParallelConfig, mesh: Mesh, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The same by megatron-core, from whatever lies in `arch.folder`, on rank 0. Every rank must call."""
+def by_megatron(weights: Weights, parallel: ParallelConfig, mesh: Mesh, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The same by megatron-core, on rank 0. Every rank must call."""
     from grpo_mega.model.build import build_model
     from grpo_mega.model.logits import logits_of
 
-    model = build_model(arch, mesh, parallel, trainable=False)
+    arch = weights.arch
+    model = build_model(arch, mesh, parallel, trainable=False, weights=weights)
     return logits_of(model, arch.vocab_size, mesh, ids)
 
 

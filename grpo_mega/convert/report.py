@@ -55,10 +55,11 @@ def show(found: dict[str, Any], say: Callable[[str], None]) -> None:
         f"({dtypes}); each was read once, written once as {' and '.join(destination['dtypes'])}, and is the same read "
         "back"
     )
-    for name, reason in list(found["dropped"].items())[:3]:
-        say(f"left out: {name} ({reason})")
-    if len(found["dropped"]) > 3:
-        say(f"left out: {len(found['dropped']) - 3} more, in the report")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in found["dropped"].items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        say(f"left out: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})")
     if found["tokenizer"] is None:
         say("no tokenizer came along: the source has none")
     logits = found["logits"]

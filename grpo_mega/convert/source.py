@@ -17,7 +17,8 @@ from grpo_mega.convert.options import REPORT
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.families import read_architecture
-from grpo_mega.model.formats import Weights, open_weights
+from grpo_mega.model.formats import Weights, config_of, open_found
+from grpo_mega.model.formats.find import find_checkpoint
 from grpo_mega.model.names import shapes
 
 TIED = ("model.embed_tokens.weight", "lm_head.weight")
@@ -32,10 +33,10 @@ class Source:
     kind: str
     weights: Weights
     read_numbers: dict[str, int] = field(default_factory=dict)  # by tensor, how many numbers have been read
+    arch: Architecture = field(init=False)
 
-    @property
-    def arch(self) -> Architecture:
-        return self.weights.arch
+    def __post_init__(self) -> None:
+        self.arch = self.weights.arch
 
     def dtype(self, name: str) -> torch.dtype:
         return self.weights.dtype(name)
@@ -85,8 +86,17 @@ def open_source(path: Path, scratch: Path, *, config: Path | None = None, allow_
         from grpo_mega.model.formats.gguf import GgufFile
 
         return Source(path, "gguf", GgufFile(path, scratch))
-    arch = read_architecture(path)
-    return Source(path, "huggingface", open_weights(arch, allow_pickle))
+    found = find_checkpoint(path)
+    if found.kind == "huggingface":
+        if config is not None:
+            raise ConfigError(f"--config={config} is for checkpoints without config.json; {path} has one: leave it out")
+        return Source(path, "huggingface", open_found(read_architecture(path), found, allow_pickle))
+    home = config or found.home
+    if home is None:
+        scratch.mkdir(parents=True, exist_ok=True)
+        (scratch / "config.json").write_text(json.dumps(config_of(found, allow_pickle)))
+        home = scratch
+    return Source(path, "megatron", open_found(read_architecture(home), found, allow_pickle))
 
 
 def known_digests(path: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from grpo_mega.model.architecture import (
 )
 from grpo_mega.model.attention import Rope
 from grpo_mega.model.experts import TopRouter, mixture_settings
+from grpo_mega.model.formats import Weights
 from grpo_mega.model.layout import first_layer, layers_per_stage
 from grpo_mega.model.rotary import rope_inverse_frequencies
 from grpo_mega.model.specs import ModelParts, TrunkModel, block_spec
@@ -127,9 +128,10 @@ def build_model(
     loaded: bool = True,
     moe: MoeConfig | None = None,
     tick: bridge.Tick = bridge.silent,
+    weights: Weights | None = None,
 ) -> ModelParts:
-    """This rank's part of the model with the weights of `arch.folder`, read slice by slice, a tick for each; or, not
-    `loaded`, with none.
+    """This rank's part of the model with `weights` (default: of `arch.folder`), read slice by slice, a tick for each;
+    or, not `loaded`, with none.
 
     Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
     """
@@ -159,7 +161,7 @@ def build_model(
     model = ModelParts(parts).to(mesh.device)
     place = bridge.Place.of(mesh, layers)
     if loaded:
-        bridge.load(model, arch, place, tick)
+        bridge.load(model, arch, place, tick, weights)
     _mark_tensor_parallel(model, arch, place)
     model.requires_grad_(trainable)
     for module in model.modules():

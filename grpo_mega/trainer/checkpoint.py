@@ -14,6 +14,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from grpo_mega.errors import CheckpointError
+from grpo_mega.model.architecture import Architecture
+from grpo_mega.model.formats.hugging_face import write_companions
 from grpo_mega.model.specs import TrunkModel
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.trainer.policy import Policy
@@ -43,10 +45,11 @@ def latest(directory: Path) -> Path | None:
     return directory / name
 
 
-def save(directory: Path, step: int, policy: Policy, state: dict[str, Any], mesh: Mesh) -> Path:
+def save(directory: Path, step: int, policy: Policy, state: dict[str, Any], mesh: Mesh, arch: Architecture) -> Path:
     """Write `directory/step_N` aside, then publish it and move `latest`. Every rank must call.
 
-    state: what the trainer needs besides weights and optimizer; plain JSON.
+    state: what the trainer needs besides weights and optimizer; plain JSON. config.json and the tokenizer's files go
+    beside the shards, so that a checkpoint can be converted, or be a run's model, by itself.
     Raises RunDirectoryError if it cannot be written: `latest` then names what it named before.
     """
     final = directory / f"step_{step}"
@@ -61,6 +64,7 @@ def save(directory: Path, step: int, policy: Policy, state: dict[str, Any], mesh
     def publish() -> None:
         with writing(directory):
             (partial / "trainer.json").write_text(json.dumps({**state, "scheduler": policy.scheduler.state_dict()}))
+            write_companions(arch, partial, str(policy.model.config.params_dtype).removeprefix("torch."))
             partial.rename(final)
             pointer = directory / "latest.partial"
             pointer.write_text(final.name + "\n")

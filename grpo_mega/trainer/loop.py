@@ -114,7 +114,7 @@ def save(run: Run, steps_done: int) -> None:
     """Checkpoint: `steps_done` steps are in it."""
     with run.progress.task("checkpoint"):
         state = {"step": steps_done, "prompts": run.inputs.prompts.state()}
-        checkpoint.save(run.inputs.directory.checkpoints, steps_done, run.policy, state, run.mesh)
+        checkpoint.save(run.inputs.directory.checkpoints, steps_done, run.policy, state, run.mesh, run.inputs.arch)
 
 
 def evaluate(run: Run, steps_done: int) -> tuple[float, list[Group]]:

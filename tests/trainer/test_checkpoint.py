@@ -137,7 +137,7 @@ def save_on_a_full_disk(tree, unwritable):
 
     with mock.patch.object(checkpoint.dist_checkpointing, "save", save):
         try:
-            checkpoint.save(run.inputs.directory.checkpoints, 1, run.policy, {}, run.mesh)
+            checkpoint.save(run.inputs.directory.checkpoints, 1, run.policy, {}, run.mesh, run.inputs.arch)
         except RunDirectoryError as error:
             return str(error)
 

@@ -31,7 +31,12 @@ DTYPES = {  # safetensors' words
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
 TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model")  # one of them is in every folder with a tokenizer
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
-_ABOUT_WEIGHTS = ("metadata.json", "trainer.json", "conversion_report.json")
+_ABOUT_WEIGHTS = (
+    "metadata.json",
+    "trainer.json",
+    "conversion_report.json",
+    "latest_checkpointed_iteration.txt",
+)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
