@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+from families import make_family
 
 from grpo_mega.config import ParallelConfig
 from grpo_mega.data.packing import pack
@@ -103,6 +104,12 @@ CASES = (
     Case("mixture", pipeline=2, data=2, expert=2, max_rows=7),
     Case("mixture", tensor=2, data=2, sequence=True, expert=2),
     Case("mixture", data=4, expert=4, order=(3, 0, 4, 1, 2)),
+    Case("latent"),
+    Case("latent", tensor=2),
+    Case("latent", tensor=2, sequence=True, own=(1, 1, 2)),
+    Case("latent", pipeline=2, stages=(1, 2)),
+    Case("latent", data=2, expert=2, max_rows=3),
+    Case("latent", context=2, own=(2, 1)),
 )
 
 
@@ -209,7 +216,8 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     few = tiny.make_model(root / "few", tied=False, num_key_value_heads=2)  # fewer than tensor ranks
     mixture = tiny.make_model(root / "mixture", tied=False, num_local_experts=4, intermediate_size=32)
-    return {"tied": tiny.make_model(root / "tied"), "few": few, "mixture": mixture}
+    latent = make_family(root / "latent", "deepseek_v3", initializer_range=0.2)
+    return {"tied": tiny.make_model(root / "tied"), "few": few, "mixture": mixture, "latent": latent}
 
 
 DTYPES = pytest.mark.parametrize(
@@ -251,7 +259,7 @@ def test_no_layout_changes_a_completion(ranks, folders, alone, world, dtype, tol
 def same(group, wanted, tolerance, case):
     for mine, theirs in zip(group, wanted, strict=True):
         assert mine.token_ids == theirs.token_ids, case
-        untruncated = (Case(), Case("few"), Case("mixture"), Case(temperature=0.7))
+        untruncated = (Case(), Case("few"), Case("mixture"), Case("latent"), Case(temperature=0.7))
         assert (mine.kept is None) == (theirs.kept is None) == (case.what in untruncated)
         for sets in zip(mine.kept or (), theirs.kept or (), strict=True):
             assert sets[0].tolist() == sets[1].tolist(), case
