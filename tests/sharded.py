@@ -41,13 +41,29 @@ def objective(logprobs, entropies, batch):
     return token_loss(logprobs, entropies, batch.loss_weights, batch.advantages, batch.sampler_logprobs), {}
 
 
+def loss_of(model):
+    """The samples' loss by transformers."""
+    loss = torch.zeros((), dtype=torch.float64)
+    for sample in samples():
+        tokens = torch.tensor(sample.token_ids)
+        logp = torch.log_softmax(model(tokens[None, :-1]).logits[0] / TEMPERATURE, dim=1)[sample.prompt_tokens - 1 :]
+        taken = logp.gather(1, tokens[sample.prompt_tokens :, None])[:, 0]
+        coefficients = torch.tensor(sample.sampler_logprobs[sample.prompt_tokens :], dtype=torch.float64)
+        entropies = -(logp.exp() * logp).sum(dim=1)
+        loss = loss + token_loss(taken, entropies, sample.weight, sample.advantage, coefficients)
+    return loss
+
+
 def hugging_face(model, arch, place):
     """This rank's gradients as parts of Hugging Face tensors: (name, dim, source, values)."""
     from grpo_mega.model.bridge import pieces
 
     parameters, found = dict(model.named_parameters()), []
     for name, parts in pieces(arch, place):
-        gradient = parameters.pop(name).main_grad.double()
+        parameter = parameters.pop(name)
+        if not parameter.requires_grad:
+            continue
+        gradient = parameter.main_grad.double()
         rest = gradient.clone()
         for piece in parts:
             found.append((piece.name, piece.dim, piece.source, gradient.narrow(piece.dim, piece.start, piece.length)))
@@ -71,22 +87,25 @@ def whole(by_rank, wanted):
 
 def gradients_of(model):
     """{name in the folder: gradient}; transformers joins the experts of a layer, folders have one tensor for each."""
+    mixtral = type(model).__name__ == "MixtralForCausalLM"
+    mlp = "block_sparse_moe." if mixtral else "mlp."
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     found = {}
     for name, parameter in model.named_parameters():
         layer, _, part = name.partition("mlp.")
         if part == "gate.weight":
-            found[layer + "block_sparse_moe.gate.weight"] = parameter.grad
+            found[f"{layer}{mlp}gate.weight"] = parameter.grad
         elif part.startswith("experts."):
             for n, gradient in enumerate(parameter.grad):
-                cut = {"w1": gradient.chunk(2)[0], "w3": gradient.chunk(2)[1]} if "up" in part else {"w2": gradient}
-                found |= {f"{layer}block_sparse_moe.experts.{n}.{kind}.weight": g for kind, g in cut.items()}
+                cut = {gate: gradient.chunk(2)[0], up: gradient.chunk(2)[1]} if "up" in part else {down: gradient}
+                found |= {f"{layer}{mlp}experts.{n}.{kind}.weight": g for kind, g in cut.items()}
         else:
             found[name] = parameter.grad
     return found
 
 
 def load_in_float64(folder):
-    """transformers' model; its norms and routers round to float32, so torch's take their place."""
+    """transformers' model; its norms and Mixtral's routers round to float32, so torch's take their place."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").double()
@@ -94,7 +113,7 @@ def load_in_float64(folder):
         if type(module).__name__ == "MixtralTopKRouter":
             module.forward = partial(choose, module)
         for name, child in module.named_children():
-            if type(child).__name__ in ("LlamaRMSNorm", "MixtralRMSNorm"):
+            if type(child).__name__.endswith("RMSNorm"):
                 norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 norm.weight = child.weight
                 setattr(module, name, norm)

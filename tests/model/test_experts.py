@@ -8,58 +8,24 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import tiny
 import torch
+from built import SETTINGS, Layout, built, resumed, same, saved
 from safetensors.torch import load_file
-from sharded import (
-    TEMPERATURE,
-    choose,
-    gradients_of,
-    hugging_face,
-    load_in_float64,
-    objective,
-    samples,
-    token_loss,
-    whole,
-)
+from sharded import choose, gradients_of, hugging_face, load_in_float64, loss_of, objective, whole
 
-from grpo_mega.config import MoeConfig, OptimizerConfig, ParallelConfig, validate_recipe
-from grpo_mega.data.packing import pack
+from grpo_mega.config import MoeConfig, validate_recipe
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import check_experts
 from grpo_mega.model.families import read_architecture
 from grpo_mega.model.names import shapes
-from grpo_mega.parallel.mesh import check_world, initialize, temporary_groups
+from grpo_mega.parallel.mesh import check_world, temporary_groups
 from grpo_mega.trainer.check import check_cheaply
 
-ROWS = 32  # of a microbatch; two of them
 MOE = MoeConfig(aux_loss_coef=0.3, z_loss_coef=0.05)
-SETTINGS = {"lr": 1e-2, "eps": 1e-2, "clip_grad": 0.5}  # eps: a step that follows the gradient, not only its sign
-
-
-@dataclass(frozen=True)
-class Layout:
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    data: int = 1
-    expert: int = 1
-    expert_tensor: int | None = None
-    recompute: str = "none"
-    distributed: bool = False
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        return ParallelConfig(
-            tensor=self.tensor, pipeline=self.pipeline, context=self.context, sequence=self.tensor > 1,
-            expert=self.expert, expert_tensor=self.expert_tensor,
-        )  # fmt: skip
-
-
 LAYOUTS = {
     1: (Layout(), Layout(recompute="full")),
     2: (
@@ -73,38 +39,6 @@ LAYOUTS = {
 
 
 # ---- on the ranks
-
-
-@dataclass
-class Built:
-    mesh: object
-    arch: object
-    policy: object
-    place: object
-    layers: tuple[int, ...]
-    batches: list
-
-
-def built(folder, layout, dtype, *, moe=None, replays=False):
-    """A policy, and this rank's microbatches: every sample a segment of its own, two in each microbatch."""
-    from megatron.core import parallel_state
-
-    from grpo_mega.model.bridge import Place
-    from grpo_mega.model.build import build_model
-    from grpo_mega.model.layout import layers_per_stage
-    from grpo_mega.trainer.policy import Policy
-
-    parallel_state.destroy_model_parallel()  # of the layout before
-    mesh = initialize(**layout.parallel.sizes)
-    arch = read_architecture(folder)
-    model = build_model(arch, mesh, layout.parallel, dtype=dtype, recompute=layout.recompute, moe=moe)
-    settings = OptimizerConfig(**SETTINGS, distributed=layout.distributed)
-    policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, settings, num_steps=4, replays=replays)
-    layers = layers_per_stage(arch, layout.pipeline)
-    s = samples()
-    batches = [pack([[a], [b]], ROWS, scale=2 * ROWS, dtype=dtype, device=mesh.device) for a, b in (s[:2], s[2:])]
-    mine = batches[mesh.data.rank % 2 :: min(mesh.data.size, 2)]  # of four data ranks two see what others see
-    return Built(mesh, arch, policy, Place.of(mesh, layers), layers, mine)
 
 
 def with_losses(folder, layouts):
@@ -168,31 +102,6 @@ def update_of(folder, layout, before, after):
     return metrics["grad_norm"].total if run.mesh.pipeline.last else None
 
 
-def saved(folder, layout, directory):
-    from grpo_mega.trainer import checkpoint
-
-    run = built(folder, layout, torch.float32)
-    run.policy.begin_step()
-    run.policy.update(run.batches, objective)
-    checkpoint.save(directory, 1, run.policy, {"step": 1}, run.mesh)
-
-
-def resumed(folder, layout, directory, destination):
-    """The weights after the checkpoint's update and another one."""
-    from grpo_mega.model import bridge
-    from grpo_mega.trainer import checkpoint
-
-    run = built(folder, layout, torch.float32)
-    if directory is None:  # without an interruption
-        run.policy.begin_step()
-        run.policy.update(run.batches, objective)
-    else:
-        checkpoint.load(checkpoint.latest(directory), run.policy)
-    run.policy.begin_step()
-    run.policy.update(run.batches, objective)
-    bridge.export(run.policy.settled(), run.arch, run.mesh, run.layers, destination)
-
-
 # ---- in the parent
 
 
@@ -221,27 +130,15 @@ def by_transformers(folder, *, turn=False, forced=False, moe=None):
     for router in routers:
         router.forward = partial(watched, router)
     if forced:
-        forward(model)
+        loss_of(model)
         given = iter(experts)
     if turn:
         turn_routers(model)
-    loss = forward(model)
+    loss = loss_of(model)
     if moe is not None:
         loss = loss + auxiliary(scores, len(routers), moe)
     loss.backward()
     return gradients_of(model)
-
-
-def forward(model):
-    loss = torch.zeros((), dtype=torch.float64)
-    for sample in samples():
-        tokens = torch.tensor(sample.token_ids)
-        logp = torch.log_softmax(model(tokens[None, :-1]).logits[0] / TEMPERATURE, dim=1)[sample.prompt_tokens - 1 :]
-        taken = logp.gather(1, tokens[sample.prompt_tokens :, None])[:, 0]
-        coefficients = torch.tensor(sample.sampler_logprobs[sample.prompt_tokens :], dtype=torch.float64)
-        entropies = -(logp.exp() * logp).sum(dim=1)
-        loss = loss + token_loss(taken, entropies, sample.weight, sample.advantage, coefficients)
-    return loss
 
 
 def auxiliary(scores, layers, moe):
@@ -319,13 +216,6 @@ def test_the_norm_that_clips_and_the_update_are_the_same_under_every_layout(rank
             same(tmp_path / str(world) / f"{n} before", folder, layout, tolerance=0)  # read and written bit by bit
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "1" / "0"))
     assert all((before[name] - after[name]).abs().max() > 1e-5 for name in before)
-
-
-def same(folder, wanted, what, tolerance=2e-6):
-    found, wanted = (load_file(f / "model.safetensors") for f in (folder, wanted))
-    assert sorted(found) == sorted(wanted)
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance, msg=f"{what}: {name}")
 
 
 def survivors():
