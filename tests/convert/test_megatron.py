@@ -37,7 +37,7 @@ def test_every_family_there_and_back(ranks, folders, tmp_path):
     for name, folder in folders.items():
         several.append((folder, tmp_path / f"{name}-mega", "--skip-logits", "--to", "megatron"))
         several.append((tmp_path / f"{name}-mega", tmp_path / name, "--skip-logits"))
-    for arguments, (code, words) in zip(several, ranks(1, commands, several, timeout=200)[0], strict=True):
+    for arguments, (code, words) in zip(several, ranks(1, commands, several, timeout=60)[0], strict=True):
         assert code == 0, (arguments, words)
     for name, folder in folders.items():
         same_bits(tmp_path / name, folder)
@@ -55,8 +55,9 @@ def test_layouts_with_logits(ranks, folders, tmp_path, layout):
         several.append((folders[name], there, *arguments))
         several.append((there, moved, "--to", "megatron", "--pipeline", str(world), "--skip-logits"))
         several.append((moved, tmp_path / name, "--to", "huggingface", *(arguments if layout != "local" else ())))
-    for arguments, (code, words) in zip(several, ranks(world, commands, several, timeout=200)[0], strict=True):
-        assert code == 0, (arguments, words)
+    for each in several:
+        ((code, words),) = ranks(world, commands, [each])[0]
+        assert code == 0, (each, words)
     for name in names:
         same_bits(tmp_path / name, folders[name])
         for folder in (tmp_path / f"{name}-mega", tmp_path / name):

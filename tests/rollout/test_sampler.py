@@ -104,19 +104,16 @@ CASES = (
     Case("mixture", pipeline=2, data=2, expert=2, max_rows=7),
     Case("mixture", tensor=2, data=2, sequence=True, expert=2),
     Case("mixture", data=4, expert=4, order=(3, 0, 4, 1, 2)),
-<<<<<<< HEAD
     Case("windows"),
     Case("windows", tensor=2, sequence=True),
     Case("windows", pipeline=2, max_rows=7, order=(3, 0, 4, 1, 2)),
     Case("windows", context=2),
-=======
     Case("latent"),
     Case("latent", tensor=2),
     Case("latent", tensor=2, sequence=True, own=(1, 1, 2)),
     Case("latent", pipeline=2, stages=(1, 2)),
     Case("latent", data=2, expert=2, max_rows=3),
     Case("latent", context=2, own=(2, 1)),
->>>>>>> latent
 )
 
 
@@ -223,13 +220,10 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     few = tiny.make_model(root / "few", tied=False, num_key_value_heads=2)  # fewer than tensor ranks
     mixture = tiny.make_model(root / "mixture", tied=False, num_local_experts=4, intermediate_size=32)
-<<<<<<< HEAD
     windows = make_family(root / "windows", "gemma3", sliding_window=4)  # shorter than prompts and than completions
-    return {"tied": tiny.make_model(root / "tied"), "few": few, "mixture": mixture, "windows": windows}
-=======
     latent = make_family(root / "latent", "deepseek_v3", initializer_range=0.2)
-    return {"tied": tiny.make_model(root / "tied"), "few": few, "mixture": mixture, "latent": latent}
->>>>>>> latent
+    more = {"mixture": mixture, "windows": windows, "latent": latent}
+    return {"tied": tiny.make_model(root / "tied"), "few": few, **more}
 
 
 DTYPES = pytest.mark.parametrize(
@@ -271,11 +265,8 @@ def test_no_layout_changes_a_completion(ranks, folders, alone, world, dtype, tol
 def same(group, wanted, tolerance, case):
     for mine, theirs in zip(group, wanted, strict=True):
         assert mine.token_ids == theirs.token_ids, case
-<<<<<<< HEAD
-        untruncated = (Case(), Case("few"), Case("mixture"), Case("windows"), Case(temperature=0.7))
-=======
-        untruncated = (Case(), Case("few"), Case("mixture"), Case("latent"), Case(temperature=0.7))
->>>>>>> latent
+        models = ("tied", "few", "mixture", "windows", "latent")
+        untruncated = (*map(Case, models), Case(temperature=0.7))
         assert (mine.kept is None) == (theirs.kept is None) == (case.what in untruncated)
         for sets in zip(mine.kept or (), theirs.kept or (), strict=True):
             assert sets[0].tolist() == sets[1].tolist(), case
