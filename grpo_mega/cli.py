@@ -1,4 +1,4 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `grpo-mega report RUN_DIR`.
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `report`, `selftest`, `convert`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
 A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
@@ -31,6 +31,38 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
+    parser, commands = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if options.command != "train" and overrides:
+        commands[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
+    try:
+        if options.command == "selftest":
+            from grpo_mega.selftest.main import selftest
+
+            return selftest(
+                options.layouts,
+                world_size=options.world_size,
+                everything=options.all,
+                dtype=options.dtype,
+                as_json=options.json,
+            )
+        if options.command == "convert":
+            return _convert(options, arguments)
+        if options.command == "report":
+            return _report(options.directory)
+        return _train(options.recipe, overrides, options.ranks, arguments)
+    except GrpoMegaError as error:
+        rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        # one write: print sends the line's end by itself, and ranks that share a terminal would mix their lines
+        sys.stderr.write(f"grpo-mega{rank}: {error}\n")
+        sys.stderr.flush()
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and its commands' by name."""
     parser = argparse.ArgumentParser(prog="grpo-mega", description="GRPO on megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
@@ -58,31 +90,37 @@ def run(arguments: Sequence[str]) -> int:
     check.add_argument("--all", action="store_true", help="the whole table, of up to 8 ranks")
     check.add_argument("--dtype", choices=("fp32", "fp64", "bf16"), default="fp32")
     check.add_argument("--json", action="store_true", help="rows as JSON on stdout")
-    options, overrides = parser.parse_known_args(arguments)
-    if options.command != "train" and overrides:
-        {"report": report, "selftest": check}[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
-    try:
-        if options.command == "selftest":
-            from grpo_mega.selftest.main import selftest
+    convert = commands.add_parser(
+        "convert",
+        help="convert a model between Hugging Face's and Megatron's formats, and prove it",
+        description="Convert a Hugging Face folder, a GGUF file or a Megatron checkpoint. Every tensor is read back, "
+        "and logits of both sides are compared; what differs is not published (exit code 1).",
+    )
+    _add_convert(convert)
+    return parser, {"train": train, "report": report, "selftest": check, "convert": convert}
 
-            return selftest(
-                options.layouts,
-                world_size=options.world_size,
-                everything=options.all,
-                dtype=options.dtype,
-                as_json=options.json,
-            )
-        if options.command == "report":
-            return _report(options.directory)
-        return _train(options.recipe, overrides, options.ranks, arguments)
-    except GrpoMegaError as error:
-        rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        # one write: print sends the line's end by itself, and ranks that share a terminal would mix their lines
-        sys.stderr.write(f"grpo-mega{rank}: {error}\n")
-        sys.stderr.flush()
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SRC", help="a Hugging Face folder, .gguf file or checkpoint")
+    parser.add_argument("destination", type=Path, metavar="DST", help="the folder to make")
+    parser.add_argument("--to", choices=("huggingface", "megatron"), help="default: what the source is not")
+    for axis in ("tensor", "pipeline", "expert", "expert-tensor"):
+        parser.add_argument(f"--{axis}", type=int, metavar="N", help=f"{axis} ranks of Megatron's side")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="default: as the source has them")
+    parser.add_argument("--names", choices=("te", "local"), default="te", help="whose names Megatron's side has: "
+                        "Transformer Engine's spec (the default), or megatron-core's local one")  # fmt: skip
+    parser.add_argument("--config", type=Path, metavar="FOLDER", help="config.json and tokenizer that SRC lacks")
+    parser.add_argument("--skip-logits", action="store_true", help="prove tensors only; the report says so")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    parser.add_argument("--allow-pickle", action="store_true", help="read Megatron-LM's mp_rank_XX files")
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes to share the work (default: as the layout)")
+
+
+def _convert(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from grpo_mega.convert.main import convert
+    from grpo_mega.convert.options import options_of
+
+    return convert(options_of(options), options.ranks, arguments)
 
 
 def _report(directory: str) -> int:

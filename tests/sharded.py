@@ -98,7 +98,16 @@ def load_in_float64(folder):
                 norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 norm.weight = child.weight
                 setattr(module, name, norm)
+            elif type(child).__name__ == "Gemma3RMSNorm":
+                child.forward = partial(normed, child)
+            elif type(child).__name__ == "Gemma3TextScaledWordEmbedding":
+                child.embed_scale = torch.tensor(child.scalar_embed_scale, dtype=torch.float64)
     return model
+
+
+def normed(norm, x):
+    """Gemma's RMSNorm without its rounding."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + norm.eps) * (1 + norm.weight)
 
 
 def choose(router, hidden):

@@ -23,7 +23,7 @@ FLOORS = {  # a room imports its own floor and lower ones; __init__ is grpo_mega
     "model": 4,
     "rollout": 5,
     "trainer": 6,
-    **dict.fromkeys(("cli", "selftest", "__main__"), 7),
+    **dict.fromkeys(("cli", "selftest", "convert", "__main__"), 7),
 }
 ONLY = {  # a library, or a part of one -> the rooms and modules that may name it
     # of model.formats the records of checkpoints alone

@@ -38,7 +38,7 @@ def main() -> int:
         source = gguf_in_package()
         progress = progress_on()
         with closing(progress), progress.task(f"converting {source.name}", f" to {destination}"):
-            from grpo_mega.model.gguf import gguf_to_hugging_face  # seconds to import
+            from grpo_mega.model.formats.gguf import gguf_to_hugging_face  # seconds to import
 
             gguf_to_hugging_face(source, destination, progress.tick)
     except GrpoMegaError as error:

@@ -22,15 +22,24 @@ class HuggingFaceTokenizer:
             tokenizer.chat_template, self._template_origin = template
         eos = tokenizer.eos_token_id
         self.stop_token_ids: tuple[int, ...] = tuple(sorted({*more_stop_token_ids, *([] if eos is None else [eos])}))
-        self.vocab_size: int = len(tokenizer)
+        self.vocab_size: int = 1 + max(tokenizer.get_vocab().values())  # its length is less where ids have gaps
+        special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        self.special_tokens: dict[str, int] = dict(special)
+        self.chat_template: str | None = tokenizer.chat_template
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if not self._tokenizer.chat_template:
-            return tuple(self._tokenizer.encode(without_template(messages, self._name)))
+            return self.text_ids(without_template(messages, self._name))
         return tuple(apply_template(self._tokenizer, messages, self._template_origin, tokenize=True))
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def spelling(self, token_id: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
 
 def load_hugging_face(

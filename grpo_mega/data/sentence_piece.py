@@ -60,15 +60,20 @@ class SentencePieceTokenizer:
         self._adds_bos = settings.get("add_bos_token") is not False
         self._prefixes_all = settings.get("legacy") is not False
         self.stop_token_ids: tuple[int, ...] = tuple(sorted({*more_stop_token_ids, *([] if eos is None else [eos])}))
+        self.special_tokens: dict[str, int] = dict(self._special)
+        self.chat_template = None if template is None else template[0]
         self._template_origin = "" if template is None else template[1]
         self._renderer = None if template is None else _renderer(template[0], self._text(self._bos), self._text(eos))
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if self._renderer is None:
-            bos = [self._bos] if self._adds_bos and self._bos is not None else []
-            return (*bos, *self._ids(self._marked(without_template(messages, self._name))))
+            return self.text_ids(without_template(messages, self._name))
         marked = [{**message, "content": self._marked(message["content"])} for message in messages]
         return tuple(self._ids(apply_template(self._renderer, marked, self._template_origin, tokenize=False)))
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        bos = [self._bos] if self._adds_bos and self._bos is not None else []
+        return (*bos, *self._ids(self._marked(text)))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Ids beyond the vocabulary are dropped like special tokens: a model may have more rows than its tokenizer."""
@@ -81,6 +86,9 @@ class SentencePieceTokenizer:
             else:
                 parts.append((self._without_prefix if parts else self._pieces).decode(list(run)))
         return "".join(parts)
+
+    def spelling(self, token_id: int) -> str:
+        return str(self._written.get(token_id) or self._text(token_id) or token_id)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []

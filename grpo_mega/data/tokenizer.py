@@ -26,11 +26,14 @@ class ChatTokenizer(Protocol):
     """A tokenizer with its chat template.
 
     stop_token_ids: ascending; the tokenizer's end of sequence and what generation_config.json adds (end of turn).
-    vocab_size: all ids it can produce, added tokens included; at most the model's (padded) vocabulary.
+    vocab_size: one more than the highest id it can produce, added tokens included; at most the model's vocabulary.
+    special_tokens: by their role or text, what a text cannot spell.
     """
 
     stop_token_ids: tuple[int, ...]
     vocab_size: int
+    special_tokens: dict[str, int]
+    chat_template: str | None
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a conversation of {role, content}, ready for the policy to answer.
@@ -42,8 +45,16 @@ class ChatTokenizer(Protocol):
         """
         ...
 
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text as it stands, with the special tokens that the tokenizer adds to one."""
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, without special tokens and without tidying of spaces."""
+        ...
+
+    def spelling(self, token_id: int) -> str:
+        """The token as the tokenizer's files write it."""
         ...
 
 
@@ -70,6 +81,19 @@ def load_tokenizer(model: str | Path, tokenizer: str | None = None, chat_templat
     if plain and not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
         return load_sentence_piece(path / "tokenizer.model", settings, stops, template)
     return load_hugging_face(path, key, stops, template)
+
+
+def check_vocabulary(tokenizer: ChatTokenizer, name: str, vocab_size: int) -> None:
+    """Raise DataError, naming tokens, when the tokenizer has ids for which a model of `vocab_size` has no row."""
+    beyond = range(vocab_size, tokenizer.vocab_size)
+    if not beyond:
+        return
+    shown = ", ".join(f"{tokenizer.spelling(i)!r} ({i})" for i in beyond[:5])
+    raise DataError(
+        f"the tokenizer of {name} has {tokenizer.vocab_size} tokens and the model's embedding {vocab_size} rows: "
+        f"{shown}{f' and {len(beyond) - 5} more' if len(beyond) > 5 else ''} have none; use the tokenizer that the "
+        "model was made with"
+    )
 
 
 def export_tokenizer(destination: Path, tokenizer: str | None, chat_template: str | None) -> None:

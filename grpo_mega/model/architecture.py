@@ -21,6 +21,7 @@ class Latent:
 
     A head's query and key have `plain` dimensions without positions and `rotary` dimensions with; its value has
     `value`. Keys and values come from kv_rank dimensions a row, queries from q_rank (None: from the hidden state).
+    interleaved: the two numbers that rotary positions turn together are neighbours, not half of `rotary` apart.
     """
 
     q_rank: int | None
@@ -28,6 +29,7 @@ class Latent:
     plain: int
     rotary: int
     value: int
+    interleaved: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Architecture:
     latent: Latent | None = None
     query_scale: float = 1.0
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    norm_offset: float = 0.0
+    norm_offset: Literal[0, 1] = 0
     post_norms: bool = False
     embedding_scale: float = 1.0
     num_experts: int = 0
@@ -160,9 +162,13 @@ def check_layout(
     """Raise ConfigError unless the model can be cut into `tensor` x `pipeline` (x `virtual`) parts."""
     fits = [t for t in range(1, arch.num_heads + 1) if _cuts(arch, t)]
     if tensor not in fits:
+        heads = f"{arch.num_heads} attention heads"
+        if arch.latent is None:
+            heads += f", {arch.num_kv_heads} key-value heads"
+        channels = [f"{count} {kind}feed-forward channels" for count, kind in _channels(arch)]
         raise ConfigError(
-            f"{section}.tensor={tensor} does not divide the model's {arch.num_heads} attention heads, "
-            f"{arch.num_kv_heads} key-value heads and {arch.ffn_size} feed-forward channels; use tensor in {fits}"
+            f"{section}.tensor={tensor} does not divide the model's {' and '.join([heads, *channels])}; "
+            f"use tensor in {fits}"
         )
     if pipeline * virtual > arch.num_layers:
         times = f" x {section}.virtual_pipeline={virtual}" if virtual > 1 else ""
@@ -173,10 +179,24 @@ def check_layout(
 
 
 def _cuts(arch: Architecture, tensor: int) -> bool:
-    """Whole query heads and feed-forward channels a rank; key-value heads divide the ranks, or ranks divide them."""
+    """Whole query heads and feed-forward channels a rank; key-value heads divide the ranks, or ranks divide them.
+
+    What compresses for latent attention is whole on every rank, and its key-value heads are its query heads.
+    """
     kv_heads = arch.num_kv_heads
-    channels = 0 if arch.num_experts else arch.ffn_size  # see `check_experts` for those of experts
-    return not (arch.num_heads % tensor or channels % tensor or max(kv_heads, tensor) % min(kv_heads, tensor))
+    if arch.num_heads % tensor or max(kv_heads, tensor) % min(kv_heads, tensor):
+        return False
+    return not any(count % tensor for count, _ in _channels(arch))
+
+
+def _channels(arch: Architecture) -> list[tuple[int, str]]:
+    """How many feed-forward channels tensor ranks divide, and whose (see `check_experts` for those of experts)."""
+    found = []
+    if not all(map(arch.is_mixture, range(arch.num_layers))):
+        found.append((arch.ffn_size, ""))
+    if arch.shared_ffn_size:
+        found.append((arch.shared_ffn_size, "shared experts' "))
+    return found
 
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from grpo_mega.errors import RunDirectoryError
 from grpo_mega.model.architecture import Architecture, padded_vocab_size
 from grpo_mega.model.families.table import Piece, Whole, cut, layer_tensors, top_tensors
-from grpo_mega.model.formats import open_weights
+from grpo_mega.model.formats import Weights, open_weights
 from grpo_mega.model.formats.hugging_face import Writer
 from grpo_mega.model.layout import first_layer
 from grpo_mega.model.names import float32_names, shapes
@@ -113,20 +113,28 @@ def local_shape(arch: Architecture, place: Place, whole: Whole) -> tuple[int, ..
 
 
 @torch.no_grad()
-def load(model: nn.Module, arch: Architecture, place: Place, tick: Tick = silent) -> None:
-    """Fill this rank's parameters from `arch.folder`, reading only their slices; padded vocabulary rows become 0."""
+def load(
+    model: nn.Module, arch: Architecture, place: Place, tick: Tick = silent, weights: Weights | None = None
+) -> None:
+    """Fill this rank's parameters from `weights` (default: of `arch.folder`), reading only their slices; padded
+    vocabulary rows become 0."""
     done, total = 0, sum(parameter.numel() for parameter in model.parameters())
-    for parameter, value in tensors(model, arch, place):
+    for parameter, value in tensors(model, arch, place, weights=weights):
         parameter.copy_(value)
         done += parameter.numel()
         tick(done, total)
 
 
 def tensors(
-    model: nn.Module, arch: Architecture, place: Place, dtype: torch.dtype | None = None
+    model: nn.Module,
+    arch: Architecture,
+    place: Place,
+    dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each of this rank's parameters with what `arch.folder` has for it, in the parameter's dtype or in `dtype`."""
-    weights = open_weights(arch)
+    """Each of this rank's parameters with what `weights` (default: of `arch.folder`) have for it, in the parameter's
+    dtype or in `dtype`."""
+    weights = weights or open_weights(arch)
     weights.check()
     parameters = dict(model.named_parameters())
     for name, parts in pieces(arch, place):

@@ -18,7 +18,8 @@ from grpo_mega.model.architecture import (
     padded_vocab_size,
 )
 from grpo_mega.model.attention import Rope
-from grpo_mega.model.experts import mixture_settings
+from grpo_mega.model.experts import TopRouter, mixture_settings
+from grpo_mega.model.formats import Weights
 from grpo_mega.model.layout import first_layer, layers_per_stage
 from grpo_mega.model.rotary import rope_inverse_frequencies
 from grpo_mega.model.specs import ModelParts, TrunkModel, block_spec
@@ -54,6 +55,7 @@ def transformer_config(
         kv_channels=arch.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_eps,
+        layernorm_zero_centered_gamma=bool(arch.norm_offset),
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[arch.activation],
         add_bias_linear=False,
@@ -83,7 +85,8 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         **{"none": {}, "selective": selective, "full": full}[recompute],
-        **({"ffn_hidden_size": arch.ffn_size} | mixture_settings(arch, parallel, moe or MoeConfig())),
+        ffn_hidden_size=arch.ffn_size,
+        **mixture_settings(arch, parallel, moe or MoeConfig()),
     )
 
 
@@ -105,6 +108,15 @@ def _mark_tensor_parallel(model: ModelParts, arch: Architecture, place: bridge.P
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=whole.row.cut, stride=1)
 
 
+def _scale_embedding(part: TrunkModel, scale: float, dtype: torch.dtype) -> None:
+    """Multiply what the embedding gives by `scale`, rounded to the weights' dtype as the model's publisher does.
+
+    The weights stay as they are: an output layer that is tied to them is not scaled.
+    """
+    rounded = torch.tensor(scale, dtype=dtype).item()
+    part.embedding.register_forward_hook(lambda module, inputs, output: output * rounded)
+
+
 def build_model(
     arch: Architecture,
     mesh: Mesh,
@@ -116,9 +128,10 @@ def build_model(
     loaded: bool = True,
     moe: MoeConfig | None = None,
     tick: bridge.Tick = bridge.silent,
+    weights: Weights | None = None,
 ) -> ModelParts:
-    """This rank's part of the model with the weights of `arch.folder`, read slice by slice, a tick for each; or, not
-    `loaded`, with none.
+    """This rank's part of the model with `weights` (default: of `arch.folder`), read slice by slice, a tick for each;
+    or, not `loaded`, with none.
 
     Raises ConfigError for a layout that cannot cut the model and for a folder that lacks a tensor.
     """
@@ -126,8 +139,7 @@ def build_model(
     check_experts(arch, parallel.tensor, parallel.expert, parallel.expert_tensor)
     config = transformer_config(arch, parallel, dtype, mesh.device, recompute, moe)
     layers = layers_per_stage(arch, parallel.stages, parallel.pipeline_layout)
-    frequencies, factor = rope_inverse_frequencies(arch)
-    rope = Rope(frequencies, factor, mesh.device, dtype)
+    rope = Rope([rope_inverse_frequencies(arch, kind) for kind in range(len(arch.ropes))], mesh.device, dtype)
     parts = []
     for virtual, stage in enumerate(mesh.stages):
         part = TrunkModel(
@@ -143,11 +155,16 @@ def build_model(
             pg_collection=mesh.groups,
         )
         part.rope = rope
+        if part.pre_process and arch.embedding_scale != 1.0:
+            _scale_embedding(part, arch.embedding_scale, dtype)
         parts.append(part)
     model = ModelParts(parts).to(mesh.device)
     place = bridge.Place.of(mesh, layers)
     if loaded:
-        bridge.load(model, arch, place, tick)
+        bridge.load(model, arch, place, tick, weights)
     _mark_tensor_parallel(model, arch, place)
     model.requires_grad_(trainable)
+    for module in model.modules():
+        if isinstance(module, TopRouter) and module.expert_bias is not None:
+            module.expert_bias.requires_grad_(False)
     return model

@@ -13,56 +13,54 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from grpo_mega.model.attention import BLOCK, ends_at_own_row
 from grpo_mega.parallel.context import in_rows
 from grpo_mega.parallel.mesh import Axis
-
-BLOCK = 1024  # queries that share one mask, which is then of at most BLOCK x keys
 
 
 @dataclass(frozen=True)
 class ContextRows:
     """`PackedRows` of which this rank holds the rows `places_of` says; lengths and prefixes are the whole's."""
 
-    cos: Tensor  # of this rank's rows, [T / size, 1, head_dim]
+    cos: Tensor  # of this rank's rows, [T / size, 1, kinds * head_dim]
     sin: Tensor
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...]
     axis: Axis
     routing: Any = None  # see PackedRows
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
         """query [T / size, heads, d], key and value [T / size, kv_heads, d] -> [T / size, heads, d]."""
         both, size = in_rows(torch.cat((key, value), dim=1), self.axis), self.axis.size
         keys, values = both.split(key.shape[1], dim=1)
         half, done = len(query) // 2, []
         for run, mine in zip((self.axis.rank, 2 * size - 1 - self.axis.rank), query.split(half), strict=True):
             begin = run * half
-            for queries, shared, own in self._pieces(begin, begin + half):
+            for queries, shared, own in self._pieces(begin, begin + half, window):
                 q = mine[queries.start - begin : queries.stop - begin]
                 k, v = (x[own] if shared is None else torch.cat((x[shared], x[own])) for x in (keys, values))
-                done.append(_ends_at_own_row(q, k, v))
+                done.append(ends_at_own_row(q, k, v, window))
             used = min(max(sum(self.lengths) - begin, 0), half)
             done.append(mine[used:] * 0)
         # a rank whose rows are all padding still owes its part of the gradients' sum
         return torch.cat(done) + both.sum() * 0
 
-    def _pieces(self, begin: int, end: int) -> Iterator[tuple[slice, slice | None, slice]]:
-        """Within rows begin..end: runs of one segment's queries, the prefix that they see, their segment up to them."""
+    def _pieces(self, begin: int, end: int, window: int | None) -> Iterator[tuple[slice, slice | None, slice]]:
+        """Within rows begin..end: runs of one segment's queries, the prefix that they see, their segment up to them;
+        of both only what the first query's window reaches."""
         ends = list(accumulate(self.lengths))
         segments = [slice(stop - length, stop) for stop, length in zip(ends, self.lengths, strict=True)]
         for number, segment in enumerate(segments):
             prefix = self.prefixes[number] if self.prefixes else -1
             low, high = max(begin, segment.start), min(end, segment.stop)
             for start in range(low, high, BLOCK):
-                stop = min(start + BLOCK, high)
-                yield slice(start, stop), segments[prefix] if prefix >= 0 else None, slice(segment.start, stop)
-
-
-def _ends_at_own_row(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V, [L, heads, d]: the last query sees every key, the one before it all but one, ..."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    mask = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device).tril(len(key) - len(query))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
+                stop, own = min(start + BLOCK, high), segment.start
+                shared = segments[prefix] if prefix >= 0 else None
+                if window is not None:
+                    own = max(start - window + 1, segment.start)
+                    if shared is not None:
+                        unreached = max(shared.stop - max(window - 1 - (start - segment.start), 0), shared.start)
+                        shared = slice(unreached, shared.stop) if unreached < shared.stop else None
+                yield slice(start, stop), shared, slice(own, stop)

@@ -28,10 +28,10 @@ class WeightCopy:
     ):
         """source, target: a model, its mesh, and the layers of each of its stages. Every rank must call."""
         model, self._mesh, layers = source
-        self._source, self._dtype = dict(model.named_parameters()), model.config.params_dtype
+        self._source = dict(model.named_parameters())
         self._holders = self._mesh.holders
-        self._shapes = collectives.gather_objects(
-            {name: p.shape for name, p in self._source.items()}, self._holders.group
+        self._kinds = collectives.gather_objects(
+            {name: (p.shape, p.dtype) for name, p in self._source.items()}, self._holders.group
         )
         places = collectives.gather_objects(Place.of(self._mesh, layers), self._holders.group)
         self._tables = [list(pieces(arch, place)) for place in places]  # in the order of the group's ranks
@@ -56,7 +56,8 @@ class WeightCopy:
                 if holders.rank == owner:
                     value = self._source[name].detach()
                 else:
-                    value = torch.empty(self._shapes[owner][name], dtype=self._dtype, device=self._mesh.device)
+                    shape, dtype = self._kinds[owner][name]
+                    value = torch.empty(shape, dtype=dtype, device=self._mesh.device)
                 collectives.broadcast_(value, owner, holders.group)
                 for piece in parts:
                     self._take(value, piece)

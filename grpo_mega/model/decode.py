@@ -40,9 +40,9 @@ class PromptRows(PackedRows):
 
     store: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
         self.store[layer] = (key, value)
-        return PackedRows.attend(self, layer, query, key, value)
+        return PackedRows.attend(self, layer, query, key, value, window)
 
     def prompt(self, place: int) -> slice:
         """The rows of the chunk's prompt number `place`."""
@@ -58,12 +58,14 @@ class CachedRows:
     sin: Tensor
     cache: KVCache
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [R, heads, d] -> [R, heads, d]: softmax(q K^T / sqrt(d)) V over the row's own length."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+        """query [R, heads, d] -> [R, heads, d]: softmax(q K^T / sqrt(d)) V over the row's own length, or its end."""
         cache, count = self.cache, self.cache.count
-        keys, values = cache.append(layer, key[:count], value[:count])  # [count, kv_heads, L, d]
+        first, hidden = cache.sight(window)
+        keys, values = (x[:, :, first:] for x in cache.append(layer, key[:count], value[:count]))
+        # [count, kv_heads, L, d]
         heads = query[:count].unflatten(1, (keys.shape[1], -1)) * query.shape[-1] ** -0.5
-        scores = (heads @ keys.transpose(2, 3)).masked_fill_(cache.beyond[:, None, None], -torch.inf)
+        scores = (heads @ keys.transpose(2, 3)).masked_fill_(hidden[:, None, None], -torch.inf)
         context = (torch.softmax(scores, dim=-1) @ values).flatten(1, 2)
         return torch.cat((context, query[count:])) if len(query) > count else context
 
@@ -95,11 +97,25 @@ class KVCache:
         self.begin_step()
 
     def begin_step(self) -> None:
-        """Fix what this step's layers share: the reach of the longest row and the mask of what a row must not see."""
+        """Fix what this step's layers share: the reach of the longest row and the masks of what a row must not see."""
         live = self.lengths[: self.count]
         self.reach = int(live.max()) + 1
         self.rows = torch.arange(self.count, device=live.device)
-        self.beyond = torch.arange(self.reach, device=live.device) > live.unsqueeze(1)
+        self.positions = torch.arange(self.reach, device=live.device)
+        whole = 0, self.positions > live.unsqueeze(1)
+        self.sights: dict[int | None, tuple[int, Tensor]] = {None: whole}
+
+    def sight(self, window: int | None) -> tuple[int, Tensor]:
+        """What this step's rows see of their caches, in layers with that window: the first position that any of them
+        sees, and `[count, reach - first]` bool: of the positions from there on, those that a row does not see."""
+        if window is None or window >= self.reach:
+            return self.sights[None]
+        if window not in self.sights:
+            at = self.lengths[: self.count].unsqueeze(1)
+            first = max(int(at.min()) - window + 1, 0)
+            positions = self.positions[first:]
+            self.sights[window] = first, (positions > at) | (positions <= at - window)
+        return self.sights[window]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new position into every live row; returns views [count, kv_heads, reach, d] of keys and values."""
@@ -204,7 +220,7 @@ class Decoder:
             cache = group.cache
             cache.begin_step()
             positions = cache.lengths[: cache.count]
-            hidden = self._forward(tokens, positions, lambda cos, sin: CachedRows(cos, sin, cache))
+            hidden = self.forward(tokens, positions, lambda cos, sin: CachedRows(cos, sin, cache))
             cache.end_step()
             if hidden is not None:
                 self._draw(group, hidden[: cache.count], uniforms)
@@ -218,7 +234,7 @@ class Decoder:
         """Take part in the others' step with a row of padding."""
         with cpu.suspended(), self.mesh.active():
             nothing = torch.zeros(1, dtype=torch.int64, device=self.mesh.device)
-            self._forward(nothing, nothing, lambda cos, sin: PackedRows(cos, sin, ()))
+            self.forward(nothing, nothing, lambda cos, sin: PackedRows(cos, sin, ()))
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -248,7 +264,7 @@ class Decoder:
             lengths = tuple(map(len, part))
             tokens = torch.tensor([t for p in part for t in p], device=self.mesh.device)
             positions = torch.tensor([n for p in part for n in range(len(p))], device=self.mesh.device)
-            hidden = self._forward(tokens, positions, lambda cos, sin, lengths=lengths: PromptRows(cos, sin, lengths))
+            hidden = self.forward(tokens, positions, lambda cos, sin, lengths=lengths: PromptRows(cos, sin, lengths))
             chunks.append(self._rows)
             if hidden is not None:
                 last.append(hidden[[end - 1 for end in accumulate(lengths)]])
@@ -256,7 +272,7 @@ class Decoder:
             self.idle()
         return chunks, torch.cat(last) if last else None
 
-    def _forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor | None:
+    def forward(self, tokens: Tensor, positions: Tensor, make_rows) -> Tensor | None:
         """This rank's stages on `[n]` tokens: the last one has `[n or more, H]` hidden states, on every rank."""
         pipeline, tensor = self.mesh.pipeline, self.mesh.tensor
         self.tick()

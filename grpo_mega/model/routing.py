@@ -13,7 +13,8 @@ class Router:
     The experts_per_token with the highest score (plus the expert's bias, where biased) are chosen; with groups > 1 only
     from the top_groups groups of equally many experts whose `group_score` is highest: the highest of their scores, or
     the sum of their two highest (arXiv:2405.04434, section 2.1.2; arXiv:2412.19437, section 2.1.2). The weight of each
-    is its score without bias, divided by the sum over the chosen where normalised, times `scale`.
+    is its score without bias, divided by the sum over the chosen where normalised, times `scale`. As it
+    stands below it is Mixtral's rule (arXiv:2401.04088, equation 1).
     """
 
     score: Literal["softmax", "sigmoid"] = "softmax"

@@ -11,8 +11,7 @@ from grpo_mega.config import Recipe
 from grpo_mega.data.corpus import load_corpus
 from grpo_mega.data.mixture import PromptStream
 from grpo_mega.data.prompts import DataCounts, Renderer, prompts_of
-from grpo_mega.data.tokenizer import ChatTokenizer, load_tokenizer
-from grpo_mega.errors import ConfigError
+from grpo_mega.data.tokenizer import ChatTokenizer, check_vocabulary, load_tokenizer
 from grpo_mega.model import bridge
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.build import DTYPES, build_model
@@ -71,11 +70,7 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     for row in corpus.rows():
         check_row(recipe.reward, row["origin"], row["answer"], row["fields"])
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.tokenizer, recipe.data.chat_template)
-    if tokenizer.vocab_size > arch.vocab_size:
-        raise ConfigError(
-            f"the tokenizer of {recipe.model.tokenizer or recipe.model.path} has {tokenizer.vocab_size} tokens, the "
-            f"model {arch.vocab_size}; use the tokenizer that the model was made with"
-        )
+    check_vocabulary(tokenizer, recipe.model.tokenizer or recipe.model.path, arch.vocab_size)
     render = Renderer(recipe.data, tokenizer, recipe.sampling.max_completion_tokens, arch.context_length)
     directory = RunDirectory(recipe)
     directory.check()

@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
 
 
 def there_and_back(folders, cuts, destination):
-    """(name, cut) -> logits [T, padded V / tp] of TOKENS where this rank has them; exports beside."""
+    """(name, cut) -> logits [T, V] of TOKENS on rank 0; exports beside."""
     answers = {}
     for name, folder in folders.items():
         arch = read_architecture(folder)
@@ -42,9 +42,8 @@ def one(folder, cut, destination):
 
     from grpo_mega.model import bridge
     from grpo_mega.model.build import build_model
-    from grpo_mega.model.decode import Decoder
     from grpo_mega.model.layout import layers_per_stage
-    from grpo_mega.parallel import collectives
+    from grpo_mega.model.logits import logits_of as gathered_logits
 
     parallel_state.destroy_model_parallel()
     parallel = ParallelConfig(**cut)
@@ -52,18 +51,8 @@ def one(folder, cut, destination):
     arch = read_architecture(folder)
     model = build_model(arch, mesh, parallel, trainable=False).eval()
     bridge.export(model, arch, mesh, layers_per_stage(arch, parallel.stages), destination)
-    decoder = Decoder(model, arch.vocab_size, mesh, 1.0)
-    with torch.no_grad(), mesh.active():
-        from grpo_mega.model.attention import PackedRows
-
-        positions = torch.arange(len(TOKENS))
-        hidden = decoder._forward(
-            torch.tensor(TOKENS), positions, lambda cos, sin: PackedRows(cos, sin, (len(TOKENS),))
-        )
-        if hidden is None:
-            return None
-        mine = collectives.gather((hidden @ model.output_weight().t()).t().contiguous(), mesh.tensor.group)
-        return mine.flatten(0, 1).t()[:, : arch.vocab_size].contiguous()
+    found = gathered_logits(model, arch.vocab_size, mesh, [TOKENS])
+    return found[0] if found else None
 
 
 # ---- in the parent

@@ -14,8 +14,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from grpo_mega.errors import ConfigError
-from grpo_mega.model import gguf
-from grpo_mega.model.gguf import gguf_to_hugging_face
+from grpo_mega.model.formats import gguf
+from grpo_mega.model.formats.gguf import gguf_to_hugging_face
 
 HIDDEN, FFN, HEADS, KV_HEADS, LAYERS, THETA, EPS = 64, 96, 4, 2, 2, 50000.0, 1e-5
 HEAD_DIM = HIDDEN // HEADS
@@ -209,7 +209,7 @@ def test_interrupted_conversion_leaves_no_folder(tmp_path, tensors, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf, "save_file", interrupted)
+        patch.setattr(gguf, "dequantize", interrupted)
         with pytest.raises(KeyboardInterrupt):
             gguf_to_hugging_face(source, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+from families import make_family
 
 from grpo_mega.config import ParallelConfig
 from grpo_mega.data.packing import pack
@@ -103,6 +104,10 @@ CASES = (
     Case("mixture", pipeline=2, data=2, expert=2, max_rows=7),
     Case("mixture", tensor=2, data=2, sequence=True, expert=2),
     Case("mixture", data=4, expert=4, order=(3, 0, 4, 1, 2)),
+    Case("windows"),
+    Case("windows", tensor=2, sequence=True),
+    Case("windows", pipeline=2, max_rows=7, order=(3, 0, 4, 1, 2)),
+    Case("windows", context=2),
 )
 
 
@@ -209,7 +214,8 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     few = tiny.make_model(root / "few", tied=False, num_key_value_heads=2)  # fewer than tensor ranks
     mixture = tiny.make_model(root / "mixture", tied=False, num_local_experts=4, intermediate_size=32)
-    return {"tied": tiny.make_model(root / "tied"), "few": few, "mixture": mixture}
+    windows = make_family(root / "windows", "gemma3", sliding_window=4)  # shorter than prompts and than completions
+    return {"tied": tiny.make_model(root / "tied"), "few": few, "mixture": mixture, "windows": windows}
 
 
 DTYPES = pytest.mark.parametrize(
@@ -251,7 +257,7 @@ def test_no_layout_changes_a_completion(ranks, folders, alone, world, dtype, tol
 def same(group, wanted, tolerance, case):
     for mine, theirs in zip(group, wanted, strict=True):
         assert mine.token_ids == theirs.token_ids, case
-        untruncated = (Case(), Case("few"), Case("mixture"), Case(temperature=0.7))
+        untruncated = (Case(), Case("few"), Case("mixture"), Case("windows"), Case(temperature=0.7))
         assert (mine.kept is None) == (theirs.kept is None) == (case.what in untruncated)
         for sets in zip(mine.kept or (), theirs.kept or (), strict=True):
             assert sets[0].tolist() == sets[1].tolist(), case
@@ -261,10 +267,10 @@ def same(group, wanted, tolerance, case):
 
 @DTYPES
 def test_tokens_are_where_their_uniform_falls_in_transformers_distribution(alone, folders, dtype, tolerance):
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    for case in (Case(), Case(temperature=0.7), Case("few"), Case(**K), Case(**P), Case(**BOTH)):
-        model = LlamaForCausalLM.from_pretrained(folders[case.model]).double()
+    for case in (Case(), Case(temperature=0.7), Case("few"), Case("windows"), Case(**K), Case(**P), Case(**BOTH)):
+        model = AutoModelForCausalLM.from_pretrained(folders[case.model]).double()
         for prompt in prompts():
             for number, completion in enumerate(alone[case]["groups"][prompt.index]):
                 ids = torch.tensor(prompt.token_ids + completion.token_ids)
@@ -326,13 +332,15 @@ def test_a_prompt_runs_once_and_a_finished_row_not_at_all(alone, dtype, toleranc
 # ---- the cache
 
 
-def cache_against_lists(seed):
-    """A cache through random steps and departures, against one list of positions a row; the rows that left."""
+def cache_against_lists(seed, window):
+    """A cache through random steps and departures, against one list of positions a row; the rows that left. One of its
+    layers sees the last `window` positions only."""
     from grpo_mega.model.decode import CachedRows, KVCache, PromptRows
 
     generator = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     layers, kv_heads, per_group, d = (3, 4), 2, 3, 4  # a later stage's layers
+    windows = {3: None, 4: window}
     chunks = [PromptRows(None, None, (3, 1)), PromptRows(None, None, (5,))]
     for chunk, rows in zip(chunks, (4, 7), strict=True):  # 7: two rows of padding
         for layer in layers:
@@ -350,11 +358,12 @@ def cache_against_lists(seed):
         assert cache.lengths[: cache.count].tolist() == [len(model[row][layers[0]][0]) for row in alive]
         for layer in layers:
             query, key, value = random(len(alive) + 1, kv_heads * per_group, d), *random(2, len(alive) + 1, kv_heads, d)
-            context = CachedRows(None, None, cache).attend(layer, query, key, value)
+            context = CachedRows(None, None, cache).attend(layer, query, key, value, windows[layer])
             for slot, row in enumerate(alive):
                 keys, values = (torch.cat((old, new[slot][None])) for old, new in
                                 zip(model[row][layer], (key, value), strict=True))  # fmt: skip
                 model[row][layer] = [keys, values]
+                keys, values = (x[-(windows[layer] or len(x)) :] for x in (keys, values))
                 for head in range(kv_heads * per_group):
                     scores = keys[:, head // per_group] @ query[slot, head] / d**0.5
                     wanted = torch.softmax(scores, dim=0) @ values[:, head // per_group]
@@ -372,7 +381,7 @@ def cache_against_lists(seed):
     return left
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_cache_against_lists(ranks, seed):
-    (left,) = ranks(1, cache_against_lists, seed)
+@pytest.mark.parametrize(("seed", "window"), [(0, None), (1, 1), (2, 4), (3, 7), (4, 100)])
+def test_the_cache_against_lists(ranks, seed, window):
+    (left,) = ranks(1, cache_against_lists, seed, window)
     assert left >= 4

@@ -35,7 +35,7 @@ def length(text, answer, row):
 def tree(tmp_path_factory):
     """A recipe's sections but for parallel and run."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    shape = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4}
+    shape = {"num_hidden_layers": 4, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4}
     model = tiny.make_model(folder / "model", num_key_value_heads=2, **shape)
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in range(1, 6)))
@@ -152,9 +152,16 @@ def saved(tree, tmp_path_factory):
     return folder / "run", pool.ranks(2, train_and_save, with_run(tree, folder / "run", 3, tensor=2), folder)[0]
 
 
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {}], ids=str)
-def test_another_layout_loads_every_number(ranks, tree, saved, tmp_path, parallel):
+INTERLEAVED = {"pipeline": 2, "virtual_pipeline": 2}
+MOVES = [({"tensor": 2}, layout) for layout in ({"tensor": 2}, {"pipeline": 2}, INTERLEAVED, {})]
+
+
+@pytest.mark.parametrize(("first", "parallel"), [*MOVES, (INTERLEAVED, {"tensor": 2})], ids=str)
+def test_another_layout_loads_every_number(ranks, tree, saved, tmp_path, first, parallel):
     directory, (before, steps, rate) = saved
+    if first == INTERLEAVED:
+        directory = tmp_path / "run"
+        before, steps, rate = ranks(2, train_and_save, with_run(tree, directory, 3, **first), tmp_path / "first")[0]
     assert steps == {3}
     again = with_run(tree, directory, 3, **parallel)
     (after, loaded_steps, loaded_rate), start, prompts = ranks(2 if parallel else 1, load_latest, again, tmp_path)[0]

@@ -84,7 +84,7 @@ def chunks_of(folder, arrangement, grid):
         stage = chunk * arrangement.pipeline + grid.pipeline.rank
         model = TrunkModel(
             config=config,
-            transformer_layer_spec=block_spec(LAYERS // stages),
+            transformer_layer_spec=block_spec(arch, stage * (LAYERS // stages), LAYERS // stages),
             vocab_size=padded_vocab_size(arch.vocab_size, 1),
             max_sequence_length=64,
             pre_process=stage == 0,
@@ -93,8 +93,7 @@ def chunks_of(folder, arrangement, grid):
             position_embedding_type="none",
             vp_stage=chunk if arrangement.interleaved else None,
         )
-        frequencies, factor = rope_inverse_frequencies(arch)
-        model.rope = Rope(frequencies, factor, grid.device, torch.float32)
+        model.rope = Rope([rope_inverse_frequencies(arch)], grid.device, torch.float32)
         for name, parameter in model.named_parameters():
             ends = "embedding" in name or (arrangement.tied and "output_layer" in name)
             generator = torch.Generator().manual_seed(1 if ends else 2 + stage)

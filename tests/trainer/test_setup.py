@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from grpo_mega.config import validate_recipe
-from grpo_mega.errors import ConfigError, DataError
+from grpo_mega.errors import DataError
 from grpo_mega.trainer.setup import read_inputs
 
 
@@ -77,6 +77,6 @@ def test_a_tokenizer_of_more_tokens_than_the_model(read, model, tmp_path):
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(tiny.VOCABULARY + 1)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "large")
     with pytest.raises(
-        ConfigError, match=r"the tokenizer of .*large has 260 tokens, the model 259; use the tokenizer th"
+        DataError, match=r"large has 260 tokens and .* embedding 259 rows: 'w259' \(259\) have none; use"
     ):
         read(model={"path": str(model), "tokenizer": str(tmp_path / "large")})

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture
-from grpo_mega.model.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from grpo_mega.model.families import deepseek, gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 
 FAMILIES = {
     "LlamaForCausalLM": llama.FAMILY,
@@ -18,6 +18,10 @@ FAMILIES = {
     "Qwen2ForCausalLM": qwen2.FAMILY,
     "Qwen3ForCausalLM": qwen3.FAMILY,
     "Qwen3MoeForCausalLM": qwen3_moe.FAMILY,
+    "Gemma3ForCausalLM": gemma3.FAMILY,
+    "Gemma3ForConditionalGeneration": gemma3.BESIDE_IMAGES,
+    "DeepseekV2ForCausalLM": deepseek.V2,
+    "DeepseekV3ForCausalLM": deepseek.V3,
 }
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -35,8 +39,10 @@ def architecture_of(raw: dict[str, Any], folder: Path) -> Architecture:
         raise ConfigError(f"{folder}/config.json names the architecture {names[0]!r}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[names[0]]
     try:
-        fields = _fields(raw) | family.read(raw)
-        activation = str(raw.get("hidden_act", raw.get("hidden_activation", "silu")))
+        raw = family.text(raw)
+        known = {**family.defaults, **raw}
+        fields = _fields(known) | family.read(known)
+        activation = str(known.get("hidden_act", known.get("hidden_activation", "silu")))
         if activation not in ACTIVATIONS:
             raise ValueError(f"hidden_act={activation!r}; supported: {', '.join(ACTIVATIONS)}")
         result = Architecture(folder=folder, family=family, raw=raw, activation=ACTIVATIONS[activation], **fields)
@@ -90,6 +96,12 @@ def _check(arch: Architecture) -> None:
     for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size"):
         if getattr(arch, name) < 1:
             raise ConfigError(f"{arch.folder}/config.json: {name}={getattr(arch, name)} must be positive")
+    for window in arch.windows:
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ConfigError(
+                f"{arch.folder}/config.json: sliding_window={window!r} must be a positive number of rows; "
+                "leave it out, or null, where layers see their whole past"
+            )
     if arch.num_heads % arch.num_kv_heads:
         raise ConfigError(
             f"{arch.folder}/config.json: {arch.num_heads} attention heads are not a multiple of "

@@ -10,7 +10,7 @@ from grpo_mega.model.families.table import Family
 
 
 def read(raw: Mapping[str, Any]) -> dict[str, Any]:
-    window = raw.get("sliding_window")
+    window = raw.get("sliding_window", 4096)
     return {"windows": (window,) * int(raw["num_hidden_layers"])} if window else {}
 
 

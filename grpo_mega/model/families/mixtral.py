@@ -29,7 +29,7 @@ def read(raw: Mapping[str, Any]) -> dict[str, Any]:
         "num_experts": int(raw["num_local_experts"]),
         "experts_per_token": int(raw["num_experts_per_tok"]),
         "expert_ffn_size": int(raw["intermediate_size"]),
-        **mistral.read(raw),
+        **mistral.read({"sliding_window": None, **raw}),
     }
 
 

@@ -17,11 +17,11 @@ LAYER = (INPUT_NORM, QKV, QKV_BIAS, PROJ, MLP_NORM, *FEED_FORWARD)
 
 def windows(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Layers from max_window_layers on, or those that layer_types names, see a window if use_sliding_window."""
-    if not raw.get("use_sliding_window") or not raw.get("sliding_window"):
+    if not raw.get("use_sliding_window") or not raw.get("sliding_window", 4096):
         return {}
     count, first = int(raw["num_hidden_layers"]), int(raw.get("max_window_layers", 28))
     kinds = raw.get("layer_types") or [f"{'full' if n < first else 'sliding'}_attention" for n in range(count)]
-    window = int(raw["sliding_window"])
+    window = int(raw.get("sliding_window", 4096))
     return {"windows": tuple(window if kind == "sliding_attention" else None for kind in kinds)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from grpo_mega.model.families import qwen3
+from grpo_mega.model.families import qwen2, qwen3
 from grpo_mega.model.families.qwen3 import ATTENTION
 from grpo_mega.model.families.table import Family, Row, columns, rows, same
 from grpo_mega.model.routing import Router
@@ -29,6 +29,7 @@ ROUTER = same("mlp.router.weight", "mlp.gate.weight", "experts", "hidden")
 def read(raw: Mapping[str, Any]) -> dict[str, Any]:
     count, step = int(raw["num_hidden_layers"]), int(raw.get("decoder_sparse_step", 1))
     dense = raw.get("mlp_only_layers") or ()
+    windows = qwen2.windows({**raw, "layer_types": ["sliding_attention"] * count})  # in every layer, or in none
     mixtures = tuple(n not in dense and (n + 1) % step == 0 for n in range(count))
     return {
         "num_experts": int(raw.get("num_experts") or raw["num_local_experts"]),
@@ -37,6 +38,7 @@ def read(raw: Mapping[str, Any]) -> dict[str, Any]:
         "mixtures": mixtures,
         "router": Router(normalised=bool(raw.get("norm_topk_prob", False))),
         **qwen3.read(raw),
+        **windows,
     }
 
 

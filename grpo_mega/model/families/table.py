@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -82,13 +82,21 @@ class Family:
 
     read: config.json -> fields of Architecture beyond those that all have in common; raises KeyError, ValueError.
     layer: the rows of the decoder layer of that number. drops: names (as regular expressions) of tensors that folders
-    of the family carry and that the model does not have, each with the reason.
+    of the family carry and that the model does not have, each with the reason. changes: what config.json says instead
+    in a folder that we write, of which `drops` are no part. defaults: what `read` and the fields in
+    common find where config.json says nothing. text: for folders that hold a language model beside other parts, the
+    config.json that the language model alone would have; an export is such a folder. prefixes: how names in such a
+    folder begin, and how they begin in the language model's own.
     """
 
     title: str
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     layer: Callable[[Architecture, int], tuple[Row, ...]]
     drops: Callable[[Architecture], Mapping[str, str]] = lambda arch: {}
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    text: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def dropped(arch: Architecture, name: str) -> str | None:

@@ -59,7 +59,7 @@ def open_found(arch: Architecture, found: Found, allow_pickle: bool = False) -> 
         return LegacyCheckpoint(arch, found.folder, allow_pickle)
     from grpo_mega.model.formats.hugging_face import Folder
 
-    return Folder(arch)
+    return Folder(arch, allow_pickle)
 
 
 def config_of(found: Found, allow_pickle: bool = False) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ DTYPES = {  # safetensors' words
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
+TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model")  # one of them is in every folder with a tokenizer
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 _ABOUT_WEIGHTS = (
     "metadata.json",
@@ -41,25 +44,40 @@ class Folder:
     """The safetensors of a Hugging Face folder, opened lazily. Weights in 8-bit blocks (DeepSeek-V3's) are read as
     bfloat16: arXiv:2412.19437, section 3.3.2, weight * scale_inv of its block."""
 
-    def __init__(self, arch: Architecture):
+    def __init__(self, arch: Architecture, allow_pickle: bool = False):
+        """allow_pickle: read pytorch_model.bin too, where there are no safetensors; by torch's loader of weights only,
+        which refuses whatever else a pickle may hold."""
         self.arch, self.path = arch, arch.folder
         self._open: dict[str, Any] = {}
         self._blocks = (arch.raw.get("quantization_config") or {}).get("weight_block_size", (128, 128))
-        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
-        if index.exists():
-            try:
-                self.files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{index} is not an index of safetensors ({error!r}); fetch the file again") from None
-        elif single.exists():
-            self.files = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise ConfigError(f"{self.path} holds no model.safetensors; convert the weights to safetensors first")
+        files = self._in_files(allow_pickle)
+        self._named = {self._alone(name): name for name in files}
+        self.files = {name: files[named] for name, named in self._named.items()}
+
+    def _in_files(self, allow_pickle: bool) -> dict[str, str]:
+        """The folder's tensors, under its own names, with the file that holds each."""
+        for name in ("model.safetensors", *(["pytorch_model.bin"] if allow_pickle else [])):
+            index = self.path / f"{name}.index.json"
+            if index.exists():
+                try:
+                    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    raise ConfigError(
+                        f"{index} is not an index of safetensors ({error!r}); fetch the file again"
+                    ) from None
+            if (self.path / name).exists():
+                return dict.fromkeys(self._file(name).keys(), name)
+        if any(self.path.glob("pytorch_model*.bin")):
+            raise ConfigError(
+                f"{self.path} holds pytorch_model.bin, a pickle, which may run anything when it is read; take "
+                "safetensors from the publisher, or convert with --allow-pickle (only weights are let through)"
+            )
+        raise ConfigError(f"{self.path} holds no model.safetensors; convert the weights to safetensors first")
 
     def slice(self, name: str):
         """safetensors' own view of a tensor."""
         try:
-            return self._file(self.files[name]).get_slice(name)
+            return self._file(self.files[name]).get_slice(self._named[name])
         except SafetensorError:
             file = self.path / self.files[name]
             raise ConfigError(f"{file} lacks {name}, which the index says it holds; fetch both again") from None
@@ -76,9 +94,8 @@ class Folder:
             return values
         scales = self.slice(name + SCALES)[:]
         for axis, block in enumerate(self._blocks):
-            scales = scales.repeat_interleave(block, dim=axis)
-            low, count = (start, length) if axis == dim else (0, values.shape[axis])
-            scales = scales.narrow(axis, low, count)
+            low = start if axis == dim else 0
+            scales = scales.index_select(axis, torch.arange(low, low + values.shape[axis]) // block)
         return (values.float() * scales).bfloat16()
 
     def check(self) -> None:
@@ -118,40 +135,89 @@ class Folder:
         """Tensors that the model does not have, with the reason."""
         return {name: reason for name in self.files if (reason := dropped(self.arch, name)) is not None}
 
+    def _alone(self, name: str) -> str:
+        """What a tensor of this folder is called where the language model is alone."""
+        prefixes = self.arch.family.prefixes
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        return prefixes.get(prefix, "") + name.removeprefix(prefix)
+
     def _explained(self, name: str, wanted: Mapping[str, Any]) -> bool:
         return name.removesuffix(SCALES) in wanted or dropped(self.arch, name) is not None
 
     def _file(self, name: str):
         if name not in self._open:
             try:
-                self._open[name] = safe_open(self.path / name, "pt")
+                pickled = name.endswith(".bin")
+                self._open[name] = _Pickled(self.path / name) if pickled else safe_open(self.path / name, "pt")
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{self.path / name} cannot be read: {error}; fetch the file again") from None
         return self._open[name]
+
+
+class _Pickled:
+    """pytorch_model.bin with the methods of an open safetensors file; its bytes stay on the disk until read."""
+
+    def __init__(self, file: Path):
+        try:
+            self._tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            foreign = re.search(r"GLOBAL (\S+)", str(error))
+            words = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())[:200]
+            raise OSError(f"it holds {foreign[1]}, which is no weight" if foreign else words) from error
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_slice(self, name: str) -> _View:
+        if name not in self._tensors:
+            raise SafetensorError(name)
+        return _View(self._tensors[name])
+
+
+class _View:
+    """A tensor with the methods of safetensors' slices."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return WORDS.get(self._tensor.dtype, str(self._tensor.dtype))
+
+    def __getitem__(self, where: Any) -> Tensor:
+        return self._tensor[where].clone()
 
 
 class Writer:
     """A new folder, written aside and renamed when it is complete: each tensor once, in any order, straight to its
     place in its file (safetensors' format: the header's length, the header, the tensors' bytes)."""
 
-    def __init__(self, arch: Architecture, destination: Path, dtypes: Mapping[str, torch.dtype]):
-        """dtypes: of each tensor. Raises OSError, as do all methods."""
+    def __init__(self, arch: Architecture, destination: Path, dtypes: Mapping[str, torch.dtype], begins: bool = True):
+        """dtypes: of each tensor. Of several processes that write together, the one that `begins` does so before the
+        others. Raises OSError, as do all methods."""
         self.arch, self.destination = arch, destination
         self.partial = destination.with_name(destination.name + ".partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
         self.dtypes, self.shapes = dtypes, shapes(arch)
         self.missing = set(self.shapes)
         self._places: dict[str, tuple[Path, int]] = {}
+        if begins:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
         files = self._in_files()
         weight_map: dict[str, str] = {}
         for n, names in enumerate(files):
             file = f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
-            self._begin(self.partial / file, names)
+            self._begin(self.partial / file, names, begins)
             weight_map |= dict.fromkeys(names, file)
-        if len(files) > 1:
-            index = {"metadata": {"total_size": sum(map(self._bytes, self.shapes))}, "weight_map": weight_map}
+        if begins and len(files) > 1:
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
             (self.partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(self._bytes, self.shapes))
 
     def _bytes(self, name: str) -> int:
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
@@ -168,22 +234,22 @@ class Writer:
             size += self._bytes(name)
         return files
 
-    def _begin(self, file: Path, names: list[str]) -> None:
+    def _begin(self, file: Path, names: list[str], creates: bool) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
             end = offset + self._bytes(name)
             word, shape = WORDS[self.dtypes[name]], list(self.shapes[name])
             header[name] = {"dtype": word, "shape": shape, "data_offsets": [offset, end]}
-            self._places[name] = file, offset
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with file.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            out.truncate(8 + len(text) + offset)
         for name in names:
-            self._places[name] = file, 8 + len(text) + self._places[name][1]
+            self._places[name] = file, 8 + len(text) + header[name]["data_offsets"][0]
+        if creates:
+            with file.open("wb") as out:
+                out.write(struct.pack("<Q", len(text)) + text)
+                out.truncate(8 + len(text) + offset)
 
     def put(self, name: str, value: Tensor) -> None:
         """Write a whole tensor, in the dtype that was announced."""
@@ -195,21 +261,28 @@ class Writer:
             out.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
         self.missing.remove(name)
 
-    def close(self, finish: Callable[[Path], None] = lambda folder: None) -> None:
-        """Add what belongs to the weights (`finish` may add more), and publish the folder under its name."""
+    def finish(self) -> None:
+        """Add what belongs to the weights. The folder is complete, under its temporary name."""
         if self.missing:
             raise AssertionError(f"{len(self.missing)} tensors incomplete, the first is {min(self.missing)}")
         dtype = str(self.dtypes[next(iter(self.shapes))]).removeprefix("torch.")
         write_companions(self.arch, self.partial, dtype)
-        finish(self.partial)
+
+    def publish(self) -> None:
+        """Give the finished folder its name."""
         shutil.rmtree(self.destination, ignore_errors=True)
         self.partial.rename(self.destination)
+
+    def close(self) -> None:
+        self.finish()
+        self.publish()
 
 
 def write_companions(arch: Architecture, folder: Path, dtype: str) -> None:
     """config.json for these weights, and what lies beside them in the model's folder: tokenizer, generation rules."""
     left_out = ("torch_dtype", "quantization_config")
-    config = {key: value for key, value in arch.raw.items() if key not in left_out} | {"dtype": dtype}
+    config = {key: value for key, value in arch.raw.items() if key not in left_out}
+    config |= {"dtype": dtype, **arch.family.changes}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for source in companions(arch.folder):
         if not (folder / source.name).exists():

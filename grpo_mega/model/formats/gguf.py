@@ -12,20 +12,24 @@ What differs between the two formats, and is undone here:
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from gguf import GGUFReader, ReaderTensor, TokenType
 from gguf.quants import dequantize
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
 from grpo_mega.errors import ConfigError
+from grpo_mega.model.families import read_architecture
+from grpo_mega.model.formats.hugging_face import Writer
+from grpo_mega.model.names import shapes
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -53,33 +57,101 @@ _PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> how text is cut before byte-pair me
 }
 
 
+class GgufFile:
+    """A GGUF file as `Weights`: float32, one tensor dequantised at a time.
+
+    beside: an empty folder, which gets config.json, the tokenizer with its chat template, and generation_config.json.
+    Raises ConfigError for a missing or damaged file, an architecture other than llama, and a tokenizer other than
+    byte-level BPE of a known pre-tokenizer.
+    """
+
+    def __init__(self, source: Path, beside: Path):
+        self.source, self._reader = source, _open(source)
+        fields = _Fields(source, self._reader)
+        config = _config(fields, self._reader.tensors)
+        tokenizer = _tokenizer(fields, config.max_position_embeddings)
+        beside.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(beside)
+        _generation_config(fields).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        self.arch = read_architecture(beside)
+        self._heads = {"q_proj": self.arch.num_heads, "k_proj": self.arch.num_kv_heads}
+        self._tensors = {}
+        for tensor in self._reader.tensors:
+            if (name := _name(tensor.name)) is None:
+                raise ConfigError(
+                    f"{source}: tensor {tensor.name!r} has no place in a Llama; the file cannot be converted"
+                )
+            self._tensors[name] = tensor
+
+    def check(self) -> None:
+        wanted = shapes(self.arch)
+        if missing := [name for name in wanted if name not in self._tensors]:
+            raise ConfigError(
+                f"{self.source} lacks {len(missing)} tensors, the first {missing[0]}; fetch or convert it again"
+            )
+        for name, tensor in self._tensors.items():
+            found = tuple(int(length) for length in reversed(tensor.shape))
+            if name not in wanted:
+                raise ConfigError(
+                    f"{self.source}: tensor {tensor.name!r} has no place in this Llama; the file cannot be converted"
+                )
+            if found != wanted[name]:
+                raise ConfigError(
+                    f"{self.source}: {tensor.name!r} has shape {found}, the metadata say {wanted[name]}; fetch or "
+                    "convert the file again"
+                )
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def stored(self) -> dict[str, Any]:
+        kinds: dict[str, int] = {}
+        for tensor in self._reader.tensors:
+            kinds[tensor.tensor_type.name] = kinds.get(tensor.tensor_type.name, 0) + 1
+        return {"stored as": kinds}
+
+    def dropped(self) -> dict[str, str]:
+        return {}
+
+    def read(self, name: str, dim: int = 0, start: int = 0, length: int | None = None) -> Tensor:
+        tensor = self._tensors[name]
+        try:
+            weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise ConfigError(
+                f"{self.source}: {tensor.name!r} is of type {kind}, which gguf cannot dequantise"
+            ) from None
+        if (kind := name.split(".")[-2]) in self._heads:
+            weight = _halves(weight, self._heads[kind])
+        whole = torch.from_numpy(np.require(weight, requirements=["C", "W"]))
+        return whole.narrow(dim, start, whole.shape[dim] - start if length is None else length).contiguous()
+
+
 def gguf_to_hugging_face(
     source: Path, destination: Path, tick: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
     """Convert `source` into the new folder `destination`: config, float32 weights, tokenizer with chat template.
 
-    The folder is written under another name and renamed when whole: if it exists, it is complete. The model is held in
-    memory once; `tick` is told how many of its tensors are converted.
-    Raises ConfigError for a missing or damaged file, an architecture other than llama, a tensor that is unknown or
-    missing, a tokenizer other than byte-level BPE of a known pre-tokenizer, and a destination that exists.
+    The folder is written under another name and renamed when whole: if it exists, it is complete. One tensor is in
+    memory at a time; `tick` is told how many are converted. Raises ConfigError as `GgufFile`, for a tensor that is
+    unknown or missing, and for a destination that exists.
     """
     if destination.exists():
         raise ConfigError(f"{destination} exists; remove it to convert {source.name} again")
-    reader = _open(source)
-    fields = _Fields(source, reader)
-    config = _config(fields, reader.tensors)
-    tokenizer = _tokenizer(fields, config.max_position_embeddings)
-    weights = _weights(source, config, reader.tensors, tick)
-    aside = destination.with_name(f".{destination.name}.{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-        config.save_pretrained(aside)
-        _generation_config(fields).save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-        aside.rename(destination)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as beside:
+        weights = GgufFile(source, Path(beside))
+        weights.check()
+        names = list(shapes(weights.arch))
+        writer = Writer(weights.arch, destination, dict.fromkeys(names, torch.float32))
+        try:
+            for count, name in enumerate(names, 1):
+                writer.put(name, weights.read(name))
+                tick(count, len(names))
+            writer.close()
+        finally:
+            shutil.rmtree(writer.partial, ignore_errors=True)
 
 
 class _Fields:
@@ -156,33 +228,6 @@ def _generation_config(fields: _Fields) -> Any:
         eos_token_id=ends,
         pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
     )
-
-
-def _weights(
-    source: Path, config: LlamaConfig, tensors: list[ReaderTensor], tick: Callable[[int, int], None]
-) -> dict[str, np.ndarray]:
-    """Hugging Face name -> float32 array; every name of the model once, or ConfigError."""
-    expected = {f"model.layers.{i}.{name}.weight" for i in range(config.num_hidden_layers) for name in _LAYER.values()}
-    expected |= set(_TOP.values()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    weights = {}
-    for tensor in tensors:
-        name = _name(tensor.name)
-        if name not in expected:
-            raise ConfigError(f"{source}: tensor {tensor.name!r} has no place in a Llama; the file cannot be converted")
-        try:
-            weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise ConfigError(f"{source}: {tensor.name!r} is of type {kind}, which gguf cannot dequantise") from None
-        if name.endswith("q_proj.weight"):
-            weight = _halves(weight, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            weight = _halves(weight, config.num_key_value_heads or config.num_attention_heads)
-        weights[name] = np.ascontiguousarray(weight)
-        tick(len(weights), len(tensors))
-    if missing := sorted(expected - weights.keys()):
-        raise ConfigError(f"{source} lacks {len(missing)} tensors, the first {missing[0]}; fetch or convert it again")
-    return weights
 
 
 def _name(name: str) -> str | None:
