@@ -12,7 +12,7 @@ from grpo_mega.convert.options import REPORT
 from grpo_mega.convert.report import describe_tokenizer
 from grpo_mega.convert.source import Source
 from grpo_mega.data.tokenizer import load_tokenizer
-from grpo_mega.errors import DataError
+from grpo_mega.errors import CheckpointError, DataError
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.formats.hugging_face import TOKENIZER_MARKS
 from grpo_mega.model.names import shapes
@@ -48,6 +48,7 @@ def describe(source: Source) -> dict[str, Any]:
         "file_bytes": sum(file.stat().st_size for file in files),
         "stored": source.weights.stored(),
         "left_out": source.dropped(),
+        "state": _state(source),
         "tokenizer": _tokenizer(arch),
         "conversion": _verdict(path),
         "tensors": tensors,
@@ -61,6 +62,30 @@ def _tokenizer(arch: Architecture) -> dict[str, Any] | str | None:
         return describe_tokenizer(load_tokenizer(arch.folder), arch)
     except DataError as error:
         return f"cannot be used: {error}"
+
+
+def _state(source: Source) -> dict[str, Any]:
+    """Of a run's checkpoint: the step, the position among the prompts, the layout that wrote it; of Megatron-LM's: the
+    iteration and the layout in its arguments. Any layout loads either."""
+    folder = getattr(source.weights, "path", source.path)
+    if source.kind != "megatron":
+        return {}
+    if (folder / "trainer.json").is_file():
+        try:
+            state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{folder / 'trainer.json'} is damaged ({error}); take another checkpoint") from None
+        return {key: state[key] for key in ("step", "layout", "prompts") if key in state}
+    if not (folder / ".metadata").is_file():
+        return {"ranks": len(list(folder.glob("mp_rank_*")))}
+    from grpo_mega.model.formats.torch_dist import read_settings
+
+    settings = read_settings(folder)
+    said = vars(settings["args"]) if "args" in settings else {}
+    axes = ("tensor", "pipeline", "expert", "expert_tensor")
+    names = {axis: f"{axis}{'' if axis == 'expert_tensor' else '_model'}_parallel_size" for axis in axes}
+    layout = {axis: said[name] for axis, name in names.items() if said.get(name)}
+    return {"iteration": settings.get("iteration"), "layout": layout}
 
 
 def _verdict(path: Path) -> str | None:
@@ -83,6 +108,8 @@ def lines(found: dict[str, Any], every_tensor: bool) -> Iterator[str]:
     )
     for key, value in found["stored"].items():
         yield f"  {key}: {json.dumps(value) if isinstance(value, dict | list) else value}"
+    for key, value in found["state"].items():
+        yield f"  {key}: {json.dumps(value)}"
     for name, reason in found["left_out"].items():
         yield f"  left out: {name} ({reason})"
     tokenizer = found["tokenizer"]

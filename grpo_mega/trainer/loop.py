@@ -113,7 +113,8 @@ def record_step(
 def save(run: Run, steps_done: int) -> None:
     """Checkpoint: `steps_done` steps are in it."""
     with run.progress.task("checkpoint"):
-        state = {"step": steps_done, "prompts": run.inputs.prompts.state()}
+        layout = {axis: size for axis, size in run.recipe.parallel.sizes.items() if size}
+        state = {"step": steps_done, "prompts": run.inputs.prompts.state(), "layout": layout}
         checkpoint.save(run.inputs.directory.checkpoints, steps_done, run.policy, state, run.mesh, run.inputs.arch)
 
 

@@ -16,12 +16,14 @@ from grpo_mega.data.balance import bundle_work, distribute, first_fit, imbalance
 from grpo_mega.data.packing import bundle_rows, bundles
 from grpo_mega.data.samples import samples_from
 from grpo_mega.model.architecture import Architecture
+from grpo_mega.model.families import llama
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.parallel.mesh import Axis
 from grpo_mega.trainer.batches import equalize, minibatches, pair_cost_of, training_share
 from grpo_mega.types import Completion, Group, Prompt, Rollout, Sample
 
 SMOLLM2_135M = Architecture(
+    family=llama.FAMILY,
     folder=Path(), hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, ffn_size=1536,
     vocab_size=49152, tied_embeddings=True, norm_eps=1e-5, context_length=8192, raw={},
 )  # fmt: skip
