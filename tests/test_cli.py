@@ -194,7 +194,7 @@ MISTAKES = {
     ),
     "unknown architecture": (
         {"model": {"path": "mamba"}}, [], 2,
-        r"mamba/config\.json names the architecture 'MambaForCausalLM'; supported: Llama.+, Mixtral\w+",
+        r"mamba/config\.json names the architecture 'MambaForCausalLM'; supported: Llama.+, Mixtral.+",
     ),
     "heads not divisible": (
         {"parallel": {"tensor": 3}}, [], 2,

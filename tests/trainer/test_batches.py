@@ -69,6 +69,7 @@ def shares(groups, recipe, size, pair_cost):
 
 def test_cost_of_a_pair_by_hand():
     arch = Architecture(
+        family=llama.FAMILY,
         folder=Path(), hidden_size=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=3, ffn_size=5,
         vocab_size=7, tied_embeddings=False, norm_eps=1e-5, context_length=8, raw={},
     )  # fmt: skip
