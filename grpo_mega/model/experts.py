@@ -130,10 +130,12 @@ class TopRouter(Router):
 
 def choose(logits: Tensor, count: int, rule: Rule, bias: Tensor | None) -> Tensor:
     """[T, count]: the experts that the rule chooses for each row from logits [T, E]; bias `[E]` where it has one."""
-    ranked = logits if bias is None else _scores(logits, rule) + bias  # a score grows with its logit, alone or by row
+    ranked = logits  # scores are in the order of their logits
+    if bias is not None or rule.group_score == "two":
+        ranked = _scores(logits, rule)
+    if bias is not None:
+        ranked = ranked + bias
     if rule.groups > 1:
-        if rule.group_score == "two" and bias is None:
-            ranked = _scores(logits, rule)
         groups = ranked.unflatten(1, (rule.groups, -1))
         best = groups.amax(dim=2) if rule.group_score == "max" else groups.topk(2, dim=2).values.sum(dim=2)
         kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, best.topk(rule.top_groups, dim=1).indices, True)
@@ -142,7 +144,7 @@ def choose(logits: Tensor, count: int, rule: Rule, bias: Tensor | None) -> Tenso
 
 
 def weigh(logits: Tensor, chosen: Tensor, rule: Rule) -> Tensor:
-    """[T, k]: the weights of the chosen experts [T, k]; in them, and nowhere else, routers have gradients."""
+    """[T, k]: the weights of the chosen experts [T, k]; a router's gradient comes through them, not the choice."""
     if rule.score == "softmax" and rule.normalised:
         weights = torch.softmax(logits.gather(1, chosen), dim=1)  # over all, made to add up to 1: over the chosen
     else:
