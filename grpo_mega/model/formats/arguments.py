@@ -228,8 +228,11 @@ def arguments_of(
         **layout,
     }
     if arch.latent is not None:
+        if not arch.latent.interleaved:  # multi_latent_attention.py takes pairs of neighbours, always
+            unsaid.append("rotary pairs that lie half a head apart in latent attention")
         said |= {
             "multi_latent_attention": True,
+            "rope_type": "rope",  # there the default is YaRN's
             "q_lora_rank": arch.latent.q_rank,
             "kv_lora_rank": arch.latent.kv_rank,
             "qk_head_dim": arch.latent.plain,

@@ -38,6 +38,8 @@ def part(tensor: Tensor, box: Box, origin: Sequence[int]) -> Tensor:
 def requested(shape: Sequence[int], dim: int, start: int, length: int | None) -> Box:
     """`Weights.read`'s words as a box."""
     stop = shape[dim] if length is None else start + length
+    if not 0 <= start <= stop <= shape[dim]:
+        raise AssertionError(f"{start} to {stop} along dimension {dim} is not in {tuple(shape)}")
     return tuple((start, stop) if axis == dim else (0, size) for axis, size in enumerate(shape))
 
 

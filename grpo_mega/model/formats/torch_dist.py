@@ -87,11 +87,8 @@ class MegatronCheckpoint:
         for each in parts:
             found = tuple(self._tensors[each.key].size)
             wanted = (*each.axes, each.rows, *whole.shape[1:])
-            rows = len(each.axes)
-            padded = whole.padded and len(found) == len(wanted) and found[rows] >= wanted[rows]
-            if found != wanted and not (
-                padded and (*found[:rows], *wanted[rows : rows + 1], *found[rows + 1 :]) == wanted
-            ):
+            longer = whole.padded and found[0] >= wanted[0] and found[1:] == wanted[1:]
+            if found != wanted and not longer:
                 raise ConfigError(
                     f"{self.path}: {each.key} has shape {found}, config.json says {wanted}"
                     f"{', or more rows' if whole.padded else ''}; is it the one that belongs to these weights?"

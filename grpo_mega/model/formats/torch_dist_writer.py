@@ -98,7 +98,8 @@ class TorchDistWriter:
     ):
         """dtypes: of each tensor under its Hugging Face name. `unsaid` then holds what Megatron-LM's arguments do not
         say of the model (config.json beside them does). transformer_engine_names: norms as parts of the linears
-        behind them (Megatron-LM's, of either spec), not under names of their own (this trainer's layer spec)."""
+        behind them (Megatron-LM's with Transformer Engine, and but for mixtures without), not under names of their own
+        (this trainer's layer spec)."""
         self.weights, self.arch, self.layout, self.dtypes = weights, weights.arch, layout, dtypes
         self.destination, self.fused = destination, transformer_engine_names
         self.partial = destination.with_name(destination.name + ".partial")
