@@ -79,7 +79,7 @@ def saved(folder, layout, directory):
     run = built(folder, layout, torch.float32)
     run.policy.begin_step()
     run.policy.update(run.batches, objective)
-    checkpoint.save(directory, 1, run.policy, {"step": 1}, run.mesh)
+    checkpoint.save(directory, 1, run.policy, {"step": 1}, run.mesh, run.arch)
 
 
 def resumed(folder, layout, directory, destination):
