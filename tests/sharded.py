@@ -113,12 +113,12 @@ def load_in_float64(folder):
         if type(module).__name__ == "MixtralTopKRouter":
             module.forward = partial(choose, module)
         for name, child in module.named_children():
-            if type(child).__name__.endswith("RMSNorm"):
+            if type(child).__name__ == "Gemma3RMSNorm":
+                child.forward = partial(normed, child)
+            elif type(child).__name__.endswith("RMSNorm"):
                 norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
                 norm.weight = child.weight
                 setattr(module, name, norm)
-            elif type(child).__name__ == "Gemma3RMSNorm":
-                child.forward = partial(normed, child)
             elif type(child).__name__ == "Gemma3TextScaledWordEmbedding":
                 child.embed_scale = torch.tensor(child.scalar_embed_scale, dtype=torch.float64)
     return model

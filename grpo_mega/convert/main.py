@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,103 +23,105 @@ from grpo_mega.convert.write import (
     MegatronTarget,
     Target,
     check_space,
+    on_writer,
     read_back,
     target_dtypes,
-    together,
 )
 from grpo_mega.data.tokenizer import ChatTokenizer, check_vocabulary, load_tokenizer
-from grpo_mega.errors import DataError
-from grpo_mega.model.architecture import check_experts, check_layout, padded_vocab_size
+from grpo_mega.errors import ConfigError, DataError
 from grpo_mega.model.families import read_architecture
 from grpo_mega.model.formats import Weights, open_weights
 from grpo_mega.model.formats.hugging_face import TOKENIZER_MARKS
 from grpo_mega.model.names import shapes
 from grpo_mega.parallel import collectives, mesh
+from grpo_mega.trainer.check import check_parallel
 from grpo_mega.trainer.progress import Progress, progress_on
 
 
 def convert(options: Options, ranks: int | None, arguments: Sequence[str]) -> int:
     """Convert in this process, in ranks of its own, or as one rank of a launcher's; the exit code."""
     options.check()
-    if "RANK" not in os.environ:
-        with tempfile.TemporaryDirectory(prefix="grpo-mega-convert-") as scratch:
-            check(opened(options, Path(scratch)), options)  # what can be refused is refused once
-        count = ranks or (1 if options.skip_logits else options.ranks)
-        if count > 1:
+    alone = "RANK" not in os.environ
+    fewest = 1 if options.skip_logits else options.ranks
+    count = (ranks or fewest) if alone else mesh.world_size_from_environment()
+    with tempfile.TemporaryDirectory(prefix="grpo-mega-convert-") as scratch:
+        source = open_source(options.source, Path(scratch), config=options.config, allow_pickle=options.allow_pickle)
+        tokenizer = check(source, options, count)  # what can be refused is refused before any rank waits for another
+        if alone and count > 1:
             from grpo_mega.parallel.launch import start_ranks
 
             return start_ranks(count, ["-m", "grpo_mega", *arguments])
-    from grpo_mega.parallel.device import quiet_megatron
+        from grpo_mega.parallel.device import quiet_megatron
 
-    quiet_megatron()
-    sizes = {} if options.skip_logits else options.parallel.sizes
-    grid = mesh.initialize(**sizes)
-    progress = progress_on(speaks=grid.is_writer)
-    with tempfile.TemporaryDirectory(prefix="grpo-mega-convert-") as scratch, closing(progress):
-        code = Conversion(options, grid, progress, Path(scratch)).run()
+        quiet_megatron()
+        grid = mesh.initialize(**({} if options.skip_logits else options.parallel.sizes))
+        with closing(progress_on(speaks=grid.is_writer)) as progress:
+            code = Conversion(options, grid, progress, source, tokenizer).run()
     mesh.shutdown()
     return code
 
 
-def opened(options: Options, scratch: Path) -> Source:
-    return open_source(options.source, scratch, config=options.config, allow_pickle=options.allow_pickle)
-
-
-def check(source: Source, options: Options) -> ChatTokenizer | None:
+def check(source: Source, options: Options, ranks: int) -> ChatTokenizer | None:
     """What needs no other rank: tensors, layout, tokenizer, disk, memory. Raises GrpoMegaError."""
-    arch, parallel = source.arch, options.parallel
+    arch = source.arch
     source.check()
-    check_layout(arch, parallel.tensor, parallel.pipeline, "--", virtual=parallel.virtual_pipeline)
-    check_experts(arch, parallel.tensor, parallel.expert, parallel.expert_tensor, "--")
+    try:
+        check_parallel(arch, options.parallel, ranks if not options.skip_logits else options.ranks)
+    except ConfigError as error:
+        raise ConfigError(
+            re.sub(r"parallel\.(\w+)", lambda axis: "--" + axis[1].replace("_", "-"), str(error))
+        ) from None
     tokenizer = None
     if any((arch.folder / name).exists() for name in TOKENIZER_MARKS):
         tokenizer = load_tokenizer(arch.folder)
         check_vocabulary(tokenizer, str(arch.folder), arch.vocab_size)
     dtypes = target_dtypes(source, options.dtype)
-    sizes = {name: torch.Size(shape).numel() for name, shape in shapes(arch).items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes(arch).items()}
     check_space(options.destination, sum(count * dtypes[name].itemsize for name, count in sizes.items()))
     if not options.skip_logits:
-        replicas = options.ranks // parallel.replica
-        proof.check_memory(arch, sum(sizes.values()), replicas)
+        proof.check_memory(sum(sizes.values()), ranks // options.parallel.replica)
     return tokenizer
+
+
+def _as_options(words: str) -> str:
+    """A recipe's names for the axes of a layout, as this command's."""
+    return re.sub(r"parallel\.(\w+)", lambda axis: "--" + axis[1].replace("_", "-"), words)
 
 
 class Conversion:
     """One conversion on one rank; every rank makes the same calls."""
 
-    def __init__(self, options: Options, grid: mesh.Mesh, progress: Progress, scratch: Path):
-        self.options, self.grid, self.progress = options, grid, progress
-        self.source = opened(options, scratch)
-        self.tokenizer = check(self.source, options)
-        self.dtypes = target_dtypes(self.source, options.dtype)
+    def __init__(
+        self, options: Options, grid: mesh.Mesh, progress: Progress, source: Source, tokenizer: ChatTokenizer | None
+    ):
+        self.options, self.grid, self.progress, self.source, self.tokenizer = options, grid, progress, source, tokenizer
+        self.dtypes = target_dtypes(source, options.dtype)
 
     def run(self) -> int:
         """0 when the destination is published; 1 when the logits differ: then it stands under another name."""
         options, grid, progress = self.options, self.grid, self.progress
-        verified = together(grid, lambda: check_downloads(options.source) if grid.is_writer else 0)
+        verified = on_writer(grid, lambda: check_downloads(options.source))
+        known = known_digests(options.source)
         make = HuggingFaceTarget if options.to == "huggingface" else MegatronTarget
         target: Target = make(self.source, options, self.dtypes, grid)
         try:
             with progress.task("writing", f" {options.destination}"):
                 target.write(grid, progress.tick)
             self._used_once()
-            arch = read_architecture(target.partial)
+            written = open_weights(read_architecture(target.partial))
             with progress.task("reading back"):
-                known = known_digests(options.source)
-                digests = read_back(self.source, open_weights(arch), self.dtypes, known, grid, progress.tick)
-            comparison = self._logits(target)
-            found = self._report(comparison, digests, len(known), verified)
-            if grid.is_writer:
-                (target.partial / REPORT).write_text(json.dumps(found, indent=1))
-                report.show(found, progress.say)
+                digests = read_back(self.source, written, self.dtypes, known, grid, progress.tick)
+            comparison = self._logits(target.partial, written)
+            checked = {"tensors_checked_against_a_report": len(known), "files_checked_against_their_download": verified}
+            found = self._report(target, comparison, digests, checked)
+            on_writer(grid, lambda: (target.partial / REPORT).write_text(json.dumps(found, indent=1)))
+            report.show(found, progress.say)
             if comparison is not None and not comparison.passes:
-                if grid.is_writer:
-                    refused = options.destination.with_name(options.destination.name + ".refused")
-                    shutil.rmtree(refused, ignore_errors=True)
-                    target.partial.rename(refused)
-                    progress.say(report.refusal(comparison, refused))
+                refused = options.destination.with_name(options.destination.name + ".refused")
+                on_writer(grid, lambda: move(target.partial, refused))
+                progress.say(report.refusal(comparison, refused))
                 return 1
-            together(grid, target.publish if grid.is_writer else lambda: None)
+            on_writer(grid, target.publish)
         finally:
             if grid.is_writer:
                 shutil.rmtree(target.partial, ignore_errors=True)
@@ -133,7 +137,7 @@ class Conversion:
         if wrong := self.source.misread(total):
             raise AssertionError(f"{len(wrong)} tensors were not used exactly once; {wrong[0]}")
 
-    def _logits(self, target: Target) -> proof.Comparison | None:
+    def _logits(self, partial: Path, written: Weights) -> proof.Comparison | None:
         """The comparison, the same on every rank; None where it is not asked for."""
         options, grid, source = self.options, self.grid, self.source
         if options.skip_logits:
@@ -142,8 +146,7 @@ class Conversion:
         with self.progress.task("logits of the source"):
             before = self._run(source.kind, source.path, source.weights, ids)
         with self.progress.task("logits of the destination"):
-            written = open_weights(read_architecture(target.partial))
-            after = self._run(options.to, target.partial, written, ids)
+            after = self._run(options.to, partial, written, ids)
         found = None
         if grid.is_writer:
             names = shapes(source.arch)
@@ -152,34 +155,43 @@ class Conversion:
         return collectives.broadcast_object(found, grid.world.group)
 
     def _run(self, kind: str, path: Path, weights: Weights, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Logits on the writing rank."""
         if kind == "megatron":
             return proof.by_megatron(weights, self.options.parallel, self.grid, ids)
-        found = together(self.grid, lambda: _by_transformers(path, ids) if self.grid.is_writer else [])
-        return found
+        return on_writer(self.grid, lambda: _by_transformers(path, ids)) or []
 
     def _report(
-        self, comparison: proof.Comparison | None, digests: Mapping[str, str], known: int, verified: int
+        self,
+        target: Target,
+        comparison: proof.Comparison | None,
+        digests: Mapping[str, str],
+        checked: Mapping[str, int | None],
     ) -> dict[str, Any]:
         options, arch = self.options, self.source.arch
-        parallel = options.parallel
-        padded = padded_vocab_size(arch.vocab_size, parallel.tensor)
         return {
             "verdict": report.verdict(comparison),
-            "source": summary(self.source)
-            | {"tensors_checked_against_a_report": known, "files_checked_against_their_download": verified},
+            "source": {**summary(self.source), **checked},
             "destination": {
                 "path": str(options.destination),
                 "format": options.to,
                 "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()}),
+                "layout": {key: value for key, value in options.parallel.sizes.items() if value and value > 1},
+                "vocabulary_rows": target.rows,
+                "only_config_json_says": target.unsaid,
             },
-            "layout": {key: value for key, value in parallel.sizes.items() if value and value > 1},
+            "vocabulary_rows": arch.vocab_size,
             "dropped": self.source.dropped(),
-            "vocabulary": {"rows": arch.vocab_size, "padded_for_this_layout": padded},
             "tokenizer": report.describe_tokenizer(self.tokenizer, arch),
             "logits": {"skipped": "--skip-logits was given"} if comparison is None else comparison.as_dict(),
             "versions": report.versions(),
             "digests": dict(digests),
         }
+
+
+def move(folder: Path, name: Path) -> None:
+    """Rename a folder to a name of which something may be left."""
+    shutil.rmtree(name, ignore_errors=True)
+    folder.rename(name)
 
 
 def _by_transformers(path: Path, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -12,7 +12,6 @@ from grpo_mega.config import ParallelConfig
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.formats.find import find_checkpoint
 
-DTYPES = ("fp32", "bf16", "fp16", "fp64")
 REPORT = "conversion_report.json"
 
 
@@ -64,7 +63,7 @@ def options_of(given: argparse.Namespace) -> Options:
         source=given.source,
         destination=given.destination,
         to=given.to or ("huggingface" if is_megatron(given.source) or given.source.is_file() else "megatron"),
-        parallel=ParallelConfig(**layout, sequence=layout.get("tensor", 1) > 1 and layout.get("expert", 1) > 1),
+        parallel=ParallelConfig(**layout),
         dtype=given.dtype,
         config=given.config,
         names=given.names,

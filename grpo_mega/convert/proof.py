@@ -157,7 +157,7 @@ def by_megatron(weights: Weights, parallel: ParallelConfig, mesh: Mesh, ids: Seq
     return logits_of(model, arch.vocab_size, mesh, ids)
 
 
-def check_memory(arch: Architecture, parameters: int, replicas: int) -> None:
+def check_memory(parameters: int, replicas: int) -> None:
     """Raise ConfigError where the models do not fit into this machine's memory in float32."""
     from grpo_mega.parallel.device import free_memory_bytes
 

@@ -60,6 +60,8 @@ def show(found: dict[str, Any], say: Callable[[str], None]) -> None:
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         say(f"left out: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({reason})")
+    if unsaid := destination["only_config_json_says"]:
+        say(f"Megatron-LM's arguments do not say {', '.join(unsaid)}: config.json, which lies beside, does")
     if found["tokenizer"] is None:
         say("no tokenizer came along: the source has none")
     logits = found["logits"]

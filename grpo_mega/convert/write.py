@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,9 +25,12 @@ Tick = Callable[[int, int], None]
 
 
 class Target(Protocol):
-    """A destination under its temporary name."""
+    """A destination under its temporary name. rows: of its vocabulary, padding included; unsaid: what only config.json
+    beside it says of the model."""
 
     partial: Path
+    rows: int
+    unsaid: list[str]
 
     def write(self, mesh: Mesh, tick: Tick) -> None:
         """This process' share. Every rank must call."""
@@ -60,11 +64,9 @@ class HuggingFaceTarget:
     """A Hugging Face folder."""
 
     def __init__(self, source: Source, options: Options, dtypes: Mapping[str, torch.dtype], mesh: Mesh):
-        self.source, self.dtypes = source, dtypes
-        begin = lambda begins: Writer(source.arch, options.destination, dtypes, begins=begins)  # noqa: E731
-        first = together(mesh, lambda: begin(True) if mesh.is_writer else None)
-        self.writer: Writer = first or begin(False)
-        self.partial = self.writer.partial
+        self.source, self.dtypes, self.rows, self.unsaid = source, dtypes, source.arch.vocab_size, list[str]()
+        self.writer: Writer = _begun(mesh, partial(Writer, source.arch, options.destination, dtypes))
+        self.partial, self.publish = self.writer.partial, self.writer.publish
 
     def write(self, mesh: Mesh, tick: Tick) -> None:
         names = list(self.writer.shapes)
@@ -78,37 +80,36 @@ class HuggingFaceTarget:
         together(mesh, share)
         for missing in collectives.gather_objects(self.writer.missing, mesh.world.group):
             self.writer.missing &= missing
-        together(mesh, self.writer.finish if mesh.is_writer else _nothing)
-
-    def publish(self) -> None:
-        self.writer.publish()
+        on_writer(mesh, self.writer.finish)
 
 
 class MegatronTarget:
     """A distributed checkpoint of Megatron's."""
 
     def __init__(self, source: Source, options: Options, dtypes: Mapping[str, torch.dtype], mesh: Mesh):
-        parallel = options.parallel
-        layout = Layout(parallel.tensor, parallel.pipeline, parallel.expert, parallel.expert_tensor)
-        begin = lambda begins: TorchDistWriter(  # noqa: E731
+        axes = options.parallel
+        layout = Layout(axes.tensor, axes.pipeline, axes.expert, axes.expert_tensor)
+        make = partial(
+            TorchDistWriter,
             source,
             options.destination,
             layout,
             dtypes,
             transformer_engine_names=options.names == "te",
-            begins=begins,
         )
-        first = together(mesh, lambda: begin(True) if mesh.is_writer else None)
-        self.writer: TorchDistWriter = first or begin(False)
-        self.partial = self.writer.partial
+        self.writer: TorchDistWriter = _begun(mesh, make)
+        self.partial, self.publish = self.writer.partial, self.writer.publish
+        self.rows, self.unsaid = self.writer.rows, list(self.writer.unsaid)
 
     def write(self, mesh: Mesh, tick: Tick) -> None:
         mine = together(mesh, lambda: self.writer.write(mesh.world.rank, mesh.world.size, tick))
         everyone = collectives.gather_objects(mine, mesh.world.group)
-        together(mesh, lambda: self.writer.finish(everyone) if mesh.is_writer else None)
+        on_writer(mesh, lambda: self.writer.finish(everyone))
 
-    def publish(self) -> None:
-        self.writer.publish()
+
+def _begun(mesh: Mesh, make: Callable[..., Any]) -> Any:
+    """A format's writer on every rank: the writing rank's first, which makes the folder."""
+    return on_writer(mesh, partial(make, begins=True)) or make(begins=False)
 
 
 def read_back(
@@ -167,8 +168,9 @@ def together(mesh: Mesh, action: Callable[[], Any]) -> Any:
     return result
 
 
-def _nothing() -> None:
-    """For the ranks that have no part in it."""
+def on_writer(mesh: Mesh, action: Callable[[], Any]) -> Any:
+    """The same of one rank's work; None on the others."""
+    return together(mesh, action if mesh.is_writer else lambda: None)
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:

@@ -25,16 +25,6 @@ def convert(ranks):
     return run
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "model")
-
-
 def spoil(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -242,7 +232,11 @@ def test_mistakes_are_one_sentence(convert, folder, tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     assert "is a file and not a .gguf" in refused(tmp_path / "pytorch_model.bin", made)
     assert "--tensor=0 is no number of ranks" in refused(folder, made, "--tensor", "0")
-    assert "--.tensor=5 does not divide" not in refused(folder, made, "--tensor", "5")
+    words = refused(folder, made, "--tensor", "5")
+    assert "--tensor=5 does not divide the model's 6 attention heads" in words and "use tensor in [1, 2, 6]" in words
+    words = refused(folder, made, "--expert", "2")
+    assert "--expert=2 divides experts, and" in words
+    assert "--config" in refused(folder, made, "--config", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
     assert "supported: LlamaForCausalLM, " in refused(folder, made)

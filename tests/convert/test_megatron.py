@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from converting import commands
 from families import MODELS, make_family
 from safetensors.torch import load_file
 
+SMOLLM2 = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 LAYOUTS = {
     "tp2": (2, ("llama3", "gemma3", "qwen2", "qwen3"), ("--tensor", "2")),
     "pp2": (2, ("llama", "qwen2-tied", "qwen3_moe"), ("--pipeline", "2")),
     "ep2": (2, ("mixtral", "qwen3_moe-raw"), ("--expert", "2")),
+    "etp": (2, ("mixtral", "deepseek_v3"), ("--tensor", "2", "--expert", "2", "--expert-tensor", "1")),
     "local": (1, ("mistral-window", "qwen2-window"), ("--names", "local")),
 }
 
@@ -37,7 +40,7 @@ def test_every_family_there_and_back(ranks, folders, tmp_path):
     for name, folder in folders.items():
         several.append((folder, tmp_path / f"{name}-mega", "--skip-logits", "--to", "megatron"))
         several.append((tmp_path / f"{name}-mega", tmp_path / name, "--skip-logits"))
-    for arguments, (code, words) in zip(several, ranks(1, commands, several, timeout=60)[0], strict=True):
+    for arguments, (code, words) in zip(several, ranks(1, commands, several, timeout=200)[0], strict=True):
         assert code == 0, (arguments, words)
     for name, folder in folders.items():
         same_bits(tmp_path / name, folder)
@@ -53,10 +56,10 @@ def test_layouts_with_logits(ranks, folders, tmp_path, layout):
     for name in names:
         there, moved = tmp_path / f"{name}-mega", tmp_path / f"{name}-moved"
         several.append((folders[name], there, *arguments))
-        several.append((there, moved, "--to", "megatron", "--pipeline", str(world), "--skip-logits"))
+        several.append((there, moved, "--to", "megatron", "--pipeline", str(world), "--skip-logits"))  # a share each
         several.append((moved, tmp_path / name, "--to", "huggingface", *(arguments if layout != "local" else ())))
     for each in several:
-        ((code, words),) = ranks(world, commands, [each])[0]
+        ((code, words),) = ranks(world, commands, [each], timeout=120)[0]
         assert code == 0, (each, words)
     for name in names:
         same_bits(tmp_path / name, folders[name])
@@ -99,3 +102,16 @@ def test_a_damaged_checkpoint(ranks, folders, tmp_path):
     for code, words in ranks(1, commands, several)[0]:
         assert code == 2 and file.name in words and "copy the checkpoint again, whole" in words, words
     assert not list(tmp_path.glob("made*"))
+
+
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="tools/fetch_smollm2.py makes it, which tests/run.sh calls")
+def test_smollm2_for_real(ranks, tmp_path):
+    """The quick start's model over two pipeline ranks, with logits, and back."""
+    several = [(SMOLLM2, tmp_path / "mega", "--pipeline", "2"), (tmp_path / "mega", tmp_path / "back", "--skip-logits")]
+    for each in several:
+        ((code, words),) = ranks(2, commands, [each], timeout=200)[0]
+        assert code == 0, words
+    same_bits(tmp_path / "back", SMOLLM2)
+    logits = json.loads((tmp_path / "mega" / "conversion_report.json").read_text())["logits"]
+    assert logits["passes"] and logits["top1_agreement"] == 1.0 and logits["max_difference"] <= logits["bound"] / 4
+    assert logits["source_loss"] < 4 < logits["chance"]  # it knows its languages

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -28,16 +27,6 @@ def tool(monkeypatch, capsys):
         return ended.value.code, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "model")
 
 
 def test_inspect(tool, folder):

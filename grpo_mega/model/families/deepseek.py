@@ -11,7 +11,7 @@ from grpo_mega.model.architecture import Latent
 from grpo_mega.model.families import llama
 from grpo_mega.model.families.llama import FEED_FORWARD, INPUT_NORM, MLP_NORM, PROJ
 from grpo_mega.model.families.qwen3_moe import EXPERTS, ROUTER
-from grpo_mega.model.families.table import Family, Row, columns, rows, same
+from grpo_mega.model.families.table import Family, Row, feed_forward, projections, rows, same
 from grpo_mega.model.routing import Router
 
 if TYPE_CHECKING:
@@ -30,16 +30,7 @@ KEY_VALUE = (
     rows(_MINE + "linear_kv_up_proj.weight", _THEIRS + "kv_b_proj.weight", "kv_up", "kv_rank"),
 )
 BIAS = same("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias", "experts", float32=True)
-_SHARED = "mlp.shared_experts."
-SHARED_EXPERTS = (
-    rows(
-        _SHARED + "linear_fc1.weight",
-        (_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight"),
-        "shared_ffn",
-        "hidden",
-    ),
-    columns(_SHARED + "linear_fc2.weight", _SHARED + "down_proj.weight", "hidden", "shared_ffn"),
-)
+SHARED_EXPERTS = feed_forward("mlp.shared_experts.", *projections("mlp.shared_experts."), "shared_ffn")
 PREDICTION = "the layers that predict further tokens are a part of pretraining; GRPO trains the model without them"
 
 

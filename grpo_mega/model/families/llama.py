@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from grpo_mega.model.families.table import Family, Row, columns, groups, rows, same
+from grpo_mega.model.families.table import Family, Row, columns, feed_forward, groups, projections, same
 
 if TYPE_CHECKING:
     from grpo_mega.model.architecture import Architecture
@@ -14,10 +14,7 @@ INPUT_NORM = same("input_layernorm.weight", "input_layernorm.weight", "hidden")
 QKV = groups("self_attention.linear_qkv.weight", "self_attn.{}_proj.weight", "hidden")
 PROJ = columns("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", "context")
 MLP_NORM = same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "hidden")
-FEED_FORWARD = (
-    rows("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "ffn", "hidden"),
-    columns("mlp.linear_fc2.weight", "mlp.down_proj.weight", "hidden", "ffn"),
-)
+FEED_FORWARD = feed_forward("mlp.", *projections("mlp."), "ffn")
 LAYER = (INPUT_NORM, QKV, PROJ, MLP_NORM, *FEED_FORWARD)
 
 

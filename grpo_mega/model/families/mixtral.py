@@ -7,20 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_mega.model.families import mistral
 from grpo_mega.model.families.llama import INPUT_NORM, MLP_NORM, PROJ, QKV
-from grpo_mega.model.families.table import Family, Row, columns, rows, same
+from grpo_mega.model.families.table import Family, Row, feed_forward, same
 
 if TYPE_CHECKING:
     from grpo_mega.model.architecture import Architecture
 
-_MINE, _THEIRS = "mlp.experts.local_experts.{expert}.", "block_sparse_moe.experts.{expert}."
+_EXPERT = "block_sparse_moe.experts.{expert}."
+EXPERTS = feed_forward(
+    "mlp.experts.local_experts.{expert}.", _EXPERT + "w1.weight", _EXPERT + "w3.weight", _EXPERT + "w2.weight",
+    "expert_ffn",
+)  # fmt: skip
 LAYER = (
     INPUT_NORM,
     QKV,
     PROJ,
     MLP_NORM,
     same("mlp.router.weight", "block_sparse_moe.gate.weight", "experts", "hidden"),
-    rows(_MINE + "linear_fc1.weight", (_THEIRS + "w1.weight", _THEIRS + "w3.weight"), "expert_ffn", "hidden"),
-    columns(_MINE + "linear_fc2.weight", _THEIRS + "w2.weight", "hidden", "expert_ffn"),
+    *EXPERTS,
 )
 
 

@@ -7,22 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_mega.model.families import qwen2, qwen3
 from grpo_mega.model.families.qwen3 import ATTENTION
-from grpo_mega.model.families.table import Family, Row, columns, rows, same
+from grpo_mega.model.families.table import Family, Row, feed_forward, projections, same
 from grpo_mega.model.routing import Router
 
 if TYPE_CHECKING:
     from grpo_mega.model.architecture import Architecture
 
-_MINE, _THEIRS = "mlp.experts.local_experts.{expert}.", "mlp.experts.{expert}."
-EXPERTS = (
-    rows(
-        _MINE + "linear_fc1.weight",
-        (_THEIRS + "gate_proj.weight", _THEIRS + "up_proj.weight"),
-        "expert_ffn",
-        "hidden",
-    ),
-    columns(_MINE + "linear_fc2.weight", _THEIRS + "down_proj.weight", "hidden", "expert_ffn"),
-)
+EXPERTS = feed_forward("mlp.experts.local_experts.{expert}.", *projections("mlp.experts.{expert}."), "expert_ffn")
 ROUTER = same("mlp.router.weight", "mlp.gate.weight", "experts", "hidden")
 
 

@@ -70,6 +70,19 @@ def groups(mine: str, theirs: str, *sizes: str) -> Row:
     return Row(mine, names, (("query", *sizes), ("key", *sizes), ("key", *sizes)), cut=0, groups=True)
 
 
+def feed_forward(mine: str, gate: str, up: str, down: str, size: str) -> tuple[Row, Row]:
+    """A gated feed-forward of `size` channels, by the beginning of megatron's names and Hugging Face's whole ones."""
+    return (
+        rows(f"{mine}linear_fc1.weight", (gate, up), size, "hidden"),
+        columns(f"{mine}linear_fc2.weight", down, "hidden", size),
+    )
+
+
+def projections(theirs: str) -> tuple[str, str, str]:
+    """The names that most families give the three."""
+    return f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight", f"{theirs}down_proj.weight"
+
+
 EMBEDDING = rows("embedding.word_embeddings.weight", "model.embed_tokens.weight", "vocab", "hidden")
 FINAL_NORM = same("decoder.final_layernorm.weight", "model.norm.weight", "hidden")
 OUTPUT = rows("output_layer.weight", "lm_head.weight", "vocab", "hidden")
@@ -83,10 +96,10 @@ class Family:
     read: config.json -> fields of Architecture beyond those that all have in common; raises KeyError, ValueError.
     layer: the rows of the decoder layer of that number. drops: names (as regular expressions) of tensors that folders
     of the family carry and that the model does not have, each with the reason. changes: what config.json says instead
-    in a folder that we write, of which `drops` are no part. defaults: what `read` and the fields in
-    common find where config.json says nothing. text: for folders that hold a language model beside other parts, the
-    config.json that the language model alone would have; an export is such a folder. prefixes: how names in such a
-    folder begin, and how they begin in the language model's own.
+    in a folder that we write, of which `drops` are no part. defaults: what `read` and the fields in common find where
+    config.json says nothing. text: for folders that hold a language model beside other parts, the config.json that the
+    language model alone would have; an export is such a folder. prefixes: how names in such a folder begin, and how
+    they begin in the language model's own.
     """
 
     title: str
