@@ -22,6 +22,7 @@ setup(
         "psutil",  # the same, in its checkpoint writer
         "numpy>=1.26,<3",
         "transformers>=5,<6",
+        "accelerate>=1,<2",  # transformers runs no GGUF file, and no 8-bit blocks, without it
         "tokenizers>=0.22,<1",
         "jinja2>=3.1",  # chat templates
         "sentencepiece>=0.2",

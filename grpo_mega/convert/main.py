@@ -149,8 +149,7 @@ class Conversion:
             after = self._run(options.to, partial, written, ids)
         found = None
         if grid.is_writer:
-            names = shapes(source.arch)
-            bound = proof.bound_of(source.arch, {source.dtype(n) for n in names}, set(self.dtypes.values()))
+            bound = proof.bound_of(source.arch, set(self.dtypes.values()), rounded=source.rounds_to(self.dtypes))
             found = proof.compare(before, after, ids, bound=bound, texts=self.tokenizer is not None)
         return collectives.broadcast_object(found, grid.world.group)
 

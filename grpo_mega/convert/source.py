@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ class Source:
 
     def dropped(self) -> dict[str, str]:
         return self.weights.dropped()
+
+    def rounds_to(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """Whether tensors of those types have fewer digits than they have here; 8-bit blocks are products, which do."""
+        blocks = any(word.startswith("F8") for word in self.stored()["stored as"])
+        return blocks or any(
+            torch.finfo(self.dtype(name)).eps < torch.finfo(dtype).eps for name, dtype in dtypes.items()
+        )
 
     def misread(self, read_numbers: dict[str, int]) -> list[str]:
         """Tensors of which not every number was read exactly once, in words; read_numbers: of all processes."""

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from converting import commands
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
 from safetensors.numpy import load_file
@@ -158,6 +159,15 @@ def test_weights_config_and_logits_are_the_models(tmp_path, tied):
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
     assert loaded.generation_config.eos_token_id == [2]
+
+
+def test_the_command_proves_it_by_transformers_own_reading(ranks, tmp_path):
+    source = write(tmp_path / "tiny.gguf", gguf_tensors(reference(tied=True)))
+    ((code, words),) = ranks(1, commands, [(source, tmp_path / "hf")], timeout=120)[0]
+    assert code == 0, words
+    found = json.loads((tmp_path / "hf" / "conversion_report.json").read_text())
+    assert found["verdict"] == "proved" and found["source"]["stored"]["stored as"] == {"Q8_0": 13, "Q4_1": 2, "F32": 5}
+    assert found["logits"]["max_difference"] <= 1e-5 and found["logits"]["largest_logit"] > 0.5
 
 
 @pytest.mark.parametrize(

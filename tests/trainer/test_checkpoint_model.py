@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from grpo_mega.config import validate_recipe
+from grpo_mega.convert.describe import describe
+from grpo_mega.convert.source import open_source
 from grpo_mega.model.families import read_architecture
 from grpo_mega.model.formats import open_weights
 from grpo_mega.model.formats.find import find_checkpoint
@@ -67,3 +69,8 @@ def test_a_checkpoint_is_a_model_by_itself(ranks, tmp_path, name):
     tree["run"] = {"directory": str(tmp_path / "again"), "num_steps": 2}
     ranks(2, train, tree)
     assert (tmp_path / "again" / "hf" / "model.safetensors").is_file()
+    source = open_source(tmp_path / "run", tmp_path / "scratch")
+    state = describe(source)["state"]
+    sizes = validate_recipe(tree).parallel.sizes
+    assert state["step"] == 2 and state["layout"] == {axis: size for axis, size in sizes.items() if size}
+    assert state["prompts"]["cursor"] > 0
