@@ -17,14 +17,15 @@ import torch
 from assembled import assembled
 from safetensors.torch import load_file, save_file
 
-from grpo_mega.config import validate_recipe
+from grpo_mega.config import GrpoConfig, validate_recipe
+from grpo_mega.data.advantages import with_advantages
 from grpo_mega.model.build import build_model
 from grpo_mega.model.families import read_architecture
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share, with_logprobs
+from grpo_mega.trainer.objective import objective_of
 from grpo_mega.trainer.policy import Policy, Scorer
-from grpo_mega.trainer.setup import objective_of
 from grpo_mega.types import Completion, Group, Prompt, Rollout, add_metrics
 
 TEMPERATURE, LIMIT, CLIP_LOW, CLIP_HIGH = 0.7, 6, 0.2, 0.3
@@ -51,7 +52,8 @@ def group(index, prompt, *rollouts):
         ids = tuple(text.encode())
         completion = Completion(ids, (-1.0,) * len(ids), "length" if counts else "stop", text)
         made.append(Rollout(completion, reward, counts=not counts or counts[0]))
-    return Group(Prompt(index, prompt, tuple(prompt.encode())), tuple(made))
+    group = Group(Prompt(index, prompt, tuple(prompt.encode())), tuple(made))
+    return with_advantages([group], GrpoConfig())[0]
 
 
 GROUPS = [
