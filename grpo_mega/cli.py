@@ -1,4 +1,5 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `report`, `selftest`, `convert`.
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `sft` alike, `report`, `selftest`,
+`convert`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
 A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
@@ -15,7 +16,7 @@ from math import lcm
 from pathlib import Path
 
 from grpo_mega.config import Recipe, load_recipe
-from grpo_mega.errors import GrpoMegaError
+from grpo_mega.errors import ConfigError, GrpoMegaError
 
 LAUNCHER_SECONDS = 2.0  # a launcher needs to see that a rank has failed and to end the others
 
@@ -33,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
     parser, commands = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if options.command != "train" and overrides:
+    if options.command not in ("train", "sft") and overrides:
         commands[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         if options.command == "selftest":
@@ -50,7 +51,8 @@ def run(arguments: Sequence[str]) -> int:
             return _convert(options, arguments)
         if options.command == "report":
             return _report(options.directory)
-        return _train(options.recipe, overrides, options.ranks, arguments)
+        recipe = load_recipe(options.recipe, overrides) if options.command == "train" else _sft(options, overrides)
+        return _train(recipe, options.ranks, arguments)
     except GrpoMegaError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         # one write: print sends the line's end by itself, and ranks that share a terminal would mix their lines
@@ -71,8 +73,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         description="Train a policy by GRPO. Any recipe key can be given as --section.key value.",
         allow_abbrev=False,
     )
-    train.add_argument("recipe", help="a YAML file")
-    train.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
+    sft = commands.add_parser(
+        "sft",
+        help="fine-tune a policy on demonstrations",
+        description="As train, with the preset sft: maximum likelihood on the data's demonstrations, which are what "
+        "data.completion_field holds, or the assistant's last message. Any recipe key can be given as --section.key "
+        "value.",
+        allow_abbrev=False,
+    )
+    for command in (train, sft):
+        command.add_argument("recipe", help="a YAML file")
+        command.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
     report = commands.add_parser(
         "report",
         help="summarise a run directory",
@@ -97,7 +108,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "and logits of both sides are compared; what differs is not published (exit code 1).",
     )
     _add_convert(convert)
-    return parser, {"train": train, "report": report, "selftest": check, "convert": convert}
+    return parser, {"train": train, "sft": sft, "report": report, "selftest": check, "convert": convert}
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -150,8 +161,17 @@ def ranks_to_fill(recipe: Recipe) -> int:
     return max(1, min(local_devices(), replica * recipe.batch.prompts_per_step, replica * fit) // whole) * whole
 
 
-def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
-    recipe = load_recipe(path, overrides)
+def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
+    recipe = load_recipe(options.recipe, overrides, implied="sft")
+    if recipe.sampling.source != "data":
+        raise ConfigError(
+            f"{options.recipe}: grpo-mega sft trains on demonstrations, and sampling.source={recipe.sampling.source} "
+            "does not; leave that key out, or use grpo-mega train"
+        )
+    return recipe
+
+
+def _train(recipe: Recipe, ranks: int | None, arguments: Sequence[str]) -> int:
     if "RANK" in os.environ:
         from grpo_mega.parallel.device import quiet_megatron
 

@@ -28,7 +28,7 @@ class Prompt:
 
     `index` is its position in the endless prompt stream (epochs included): with the seed and the completion's
     number it keys the sampling noise, so that no parallel layout can change a draw. `row` is the whole data row,
-    handed to reward functions.
+    handed to reward functions. `demonstration` is what the row says the policy should write, where that is trained on.
     """
 
     index: int
@@ -36,16 +36,19 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
+    demonstration: Completion | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the policy wrote. `token_ids` holds the stop token when one was sampled (`finish_reason == "stop"`).
+    """What the policy wrote, or a row's demonstration. `token_ids` holds the stop token when one was sampled
+    (`finish_reason == "stop"`).
 
     `sampler_logprobs[i]` is ln q(token_ids[i] | what came before), q being the distribution sampled from.
     `near_boundary` counts draws whose uniform number fell within 1e-5 of a boundary of the cumulative distribution:
     those that the rounding of another layout is most likely to decide otherwise. Under top-k or top-p, kept[i] holds
     the ids (int32, ascending) of the tokens that draw i was from; None: of all.
+    A demonstration is not `drawn`: q is certain of it, and its sampler_logprobs are 0.
     """
 
     token_ids: tuple[int, ...]
@@ -53,6 +56,7 @@ class Completion:
     finish_reason: FinishReason
     text: str = ""
     near_boundary: int = 0
+    drawn: bool = True
     kept: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
 
 

@@ -36,6 +36,7 @@ class SourceConfig(PlaceConfig):
 
 
 class MixtureSourceConfig(SourceConfig):
+    completion_field: Name | None = None  # default: data.completion_field
     weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the prompts, relative to the other sources' weights
 
 
@@ -43,6 +44,8 @@ class DataConfig(PlaceConfig):
     sources: Annotated[tuple[MixtureSourceConfig, ...], Field(strict=False)] = ()  # several, instead of the one above
     prompt_field: Name = "prompt"  # a text, or a list of {role, content}; "a.b" is field b of field a
     answer_field: Name = "answer"
+    # of sampling.source=data: the demonstration, a text; default: the assistant's message that a conversation ends with
+    completion_field: Name | None = None
     system: str | None = None  # system message of the chat template; default: the template's own
     instruction: str = "{prompt}"  # the (last) user message; {prompt} is replaced by the data row's prompt
     chat_template: Name | None = None  # a Jinja file; default: the tokenizer's own template

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from grpo_mega.config.base import Section, nearest
-from grpo_mega.config.presets import expand
+from grpo_mega.config.presets import expand, with_preset
 from grpo_mega.config.recipe import Recipe
 from grpo_mega.errors import ConfigError
 
@@ -43,8 +43,8 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and validate a recipe.
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, implied: str | None = None) -> Recipe:
+    """Read, override and validate a recipe. implied: a preset that counts beside those that the recipe names.
 
     overrides: ["--section.key", "value", "--section.key=value", ...]. A value is read as YAML (8, 1e-6, true, [1, 2]),
     except that a key which holds text takes it as it stands ("{prompt}" is YAML for a mapping); null unsets it.
@@ -79,7 +79,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if tree.get(section) is None:
             tree[section] = {}
         _set(tree[section], name, value, key)
-    return validate_recipe(tree, str(path))
+    return validate_recipe(tree if implied is None else with_preset(tree, implied), str(path))
 
 
 def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:

@@ -10,6 +10,7 @@ from grpo_mega.config.base import Counts, Name, NonNegative, Positive, Section
 from grpo_mega.config.data import DataConfig
 from grpo_mega.config.grpo import PER_STEP, GrpoConfig
 from grpo_mega.config.reward import RewardConfig
+from grpo_mega.config.source import check_source
 
 
 class ModelConfig(Section):
@@ -143,6 +144,8 @@ class PrecisionConfig(Section):
 
 
 class SamplingConfig(Section):
+    # where the completions come from that are trained on: the policy's samples, or the rows' demonstrations (SFT)
+    source: Literal["policy", "data"] = "policy"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     # draw among the k likeliest tokens (0: all), and of those among the fewest that hold this share of their mass. The
     # policy is then the truncated distribution: every log-prob, ratio, KL and entropy is over the tokens that were kept
@@ -247,6 +250,7 @@ class Recipe(Section):
             )
         self._check_old_logprobs()
         self._check_steps()
+        check_source(self)
         self.reward.check_lengths(self.sampling.max_completion_tokens)
         return self
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.data.chat_template import apply_template, without_template
+from grpo_mega.data.chat_template import apply_template, with_answer, without_template
 from grpo_mega.data.rows import Message
 from grpo_mega.errors import DataError
 
@@ -20,7 +20,8 @@ class HuggingFaceTokenizer:
         self._tokenizer, self._name, self._template_origin = tokenizer, name, name
         if template is not None:
             tokenizer.chat_template, self._template_origin = template
-        eos = tokenizer.eos_token_id
+        self.end_token_id: int | None = tokenizer.eos_token_id
+        eos = self.end_token_id
         self.stop_token_ids: tuple[int, ...] = tuple(sorted({*more_stop_token_ids, *([] if eos is None else [eos])}))
         self.vocab_size: int = 1 + max(tokenizer.get_vocab().values())  # its length is less where ids have gaps
         special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
@@ -32,8 +33,17 @@ class HuggingFaceTokenizer:
             return self.text_ids(without_template(messages, self._name))
         return tuple(apply_template(self._tokenizer, messages, self._template_origin, tokenize=True))
 
+    def conversation_ids(self, messages: Sequence[Message], answer: str) -> tuple[int, ...]:
+        if not self._tokenizer.chat_template:
+            return self.text_ids(without_template(messages, self._name) + answer)
+        whole = with_answer(messages, answer)
+        return tuple(apply_template(self._tokenizer, whole, self._template_origin, tokenize=True, answered=True))
+
     def text_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text))
+
+    def continuation_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.data.chat_template import apply_template, without_template
+from grpo_mega.data.chat_template import apply_template, with_answer, without_template
 from grpo_mega.data.rows import Message
 from grpo_mega.errors import DataError
 
@@ -56,7 +56,7 @@ class SentencePieceTokenizer:
         self._forged = _any_of(text for text, i in self._special.items() if i in self._silent and len(text) > 1)
         self.vocab_size: int = max([size, *(i + 1 for i, _ in added.values())])
         self._bos = self._token(settings, "bos_token", self._pieces.bos_id())
-        eos = self._token(settings, "eos_token", self._pieces.eos_id())
+        eos = self.end_token_id = self._token(settings, "eos_token", self._pieces.eos_id())
         self._adds_bos = settings.get("add_bos_token") is not False
         self._prefixes_all = settings.get("legacy") is not False
         self.stop_token_ids: tuple[int, ...] = tuple(sorted({*more_stop_token_ids, *([] if eos is None else [eos])}))
@@ -68,12 +68,24 @@ class SentencePieceTokenizer:
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if self._renderer is None:
             return self.text_ids(without_template(messages, self._name))
+        return self._rendered(messages, answered=False)
+
+    def conversation_ids(self, messages: Sequence[Message], answer: str) -> tuple[int, ...]:
+        if self._renderer is None:
+            return self.text_ids(without_template(messages, self._name) + answer)
+        return self._rendered(with_answer(messages, answer), answered=True)
+
+    def _rendered(self, messages: Sequence[Message], *, answered: bool) -> tuple[int, ...]:
         marked = [{**message, "content": self._marked(message["content"])} for message in messages]
-        return tuple(self._ids(apply_template(self._renderer, marked, self._template_origin, tokenize=False)))
+        text = apply_template(self._renderer, marked, self._template_origin, tokenize=False, answered=answered)
+        return tuple(self._ids(text))
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         bos = [self._bos] if self._adds_bos and self._bos is not None else []
         return (*bos, *self._ids(self._marked(text)))
+
+    def continuation_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._without_prefix.encode(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Ids beyond the vocabulary are dropped like special tokens: a model may have more rows than its tokenizer."""

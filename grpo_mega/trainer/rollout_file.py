@@ -20,7 +20,7 @@ SCHEMA = pa.schema(
         "prompt_token_ids": pa.list_(pa.int32()),
         "text": pa.string(),  # the completion's
         "token_ids": pa.list_(pa.int32()),  # with the stop token, if it was sampled
-        "sampler_logprobs": pa.list_(pa.float64()),  # ln q of each token, nats
+        "sampler_logprobs": pa.list_(pa.float64()),  # ln q of each token, nats; null: not drawn, but demonstrated
         "finish_reason": pa.string(),  # stop, length
         "answer": pa.string(),
         "reward": pa.float64(),
@@ -52,7 +52,7 @@ def _rows(step: int, group: Group) -> list[dict[str, Any]]:
             "prompt_token_ids": group.prompt.token_ids,
             "text": _text(rollout.completion.text),
             "token_ids": rollout.completion.token_ids,
-            "sampler_logprobs": rollout.completion.sampler_logprobs,
+            "sampler_logprobs": rollout.completion.sampler_logprobs if rollout.completion.drawn else None,
             "finish_reason": rollout.completion.finish_reason,
             "answer": _text(group.prompt.answer),
             "reward": rollout.reward,
@@ -61,7 +61,7 @@ def _rows(step: int, group: Group) -> list[dict[str, Any]]:
             "steps": [{"end": end, "reward": reward} for end, reward in rollout.steps],
             "counts": rollout.counts,
             "error": _text(rollout.error),
-            "near_boundary": rollout.completion.near_boundary,
+            "near_boundary": rollout.completion.near_boundary if rollout.completion.drawn else None,
         }
         for number, rollout in enumerate(group.rollouts)
     ]

@@ -22,6 +22,7 @@ from grpo_mega.model.specs import ModelParts
 from grpo_mega.parallel.mesh import Mesh, another_layout
 from grpo_mega.parallel.truncation import Truncation
 from grpo_mega.rewards.resolve import Part, check_row, resolve_reward
+from grpo_mega.rollout.demonstrations import Demonstrations
 from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply, sampling_layout
@@ -49,7 +50,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run, built."""
+    """The parts of a run, built. What the sampler gives is trained on; the examiner's answers held-out problems."""
 
     recipe: Recipe
     inputs: Inputs
@@ -57,6 +58,7 @@ class Run:
     policy: Policy
     reference: Reference | None
     sampler: Sampler
+    examiner: Sampler
     objective: StepObjective
     progress: Progress
 
@@ -64,16 +66,21 @@ class Run:
 def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     """Read and check all inputs; every rank does it alone and fails alike. Raises GrpoMegaError."""
     arch = check_cheaply(recipe, world_size)
-    reward = resolve_reward(recipe.reward, recipe.sampling.max_completion_tokens)
-    corpus = load_corpus(recipe.data, recipe.run.seed)
-    for row in corpus.rows():
+    demonstrated, limit = recipe.sampling.source == "data", recipe.sampling.max_completion_tokens
+    asked = not demonstrated or recipe.data.heldout > 0  # demonstrations have no reward, held-out answers do
+    reward = resolve_reward(recipe.reward, limit) if asked else ()
+    corpus = load_corpus(recipe.data, recipe.run.seed, demonstrated=demonstrated)
+    for row in corpus.heldout if demonstrated else corpus.rows():
         check_row(recipe.reward, row["origin"], row["answer"], row["fields"])
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.tokenizer, recipe.data.chat_template)
     check_vocabulary(tokenizer, recipe.model.tokenizer or recipe.model.path, arch.vocab_size)
-    render = Renderer(recipe.data, tokenizer, recipe.sampling.max_completion_tokens, arch.context_length)
+    render = render_heldout = Renderer(recipe.data, tokenizer, limit, arch.context_length)
+    if demonstrated:
+        stops = stop_tokens(recipe, tokenizer)
+        render = Renderer(recipe.data, tokenizer, limit, arch.context_length, stops=stops)
     directory = RunDirectory(recipe)
     directory.check()
-    prompts, heldout, counts = prompts_of(corpus, render, seed=recipe.run.seed)
+    prompts, heldout, counts = prompts_of(corpus, render, seed=recipe.run.seed, render_heldout=render_heldout)
     return Inputs(
         arch=arch,
         tokenizer=tokenizer,
@@ -86,8 +93,14 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     )
 
 
+def stop_tokens(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """The tokens that end a completion."""
+    return (*tokenizer.stop_token_ids, *recipe.sampling.stop_token_ids)
+
+
 def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) -> Run:
-    """Load policy and (with a KL term) reference onto the mesh, and put the sampler on the policy's weights."""
+    """Load policy and (with a KL term) reference onto the mesh, and put the sampler, if one is needed, on the policy's
+    weights."""
     arch, dtype = inputs.arch, DTYPES[recipe.precision.dtype]
     model = build_model(
         arch, mesh, recipe.parallel, dtype=dtype, recompute=recipe.model.recompute, moe=recipe.moe, tick=progress.tick
@@ -106,8 +119,13 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         fine = bridge.tensors(model, arch, bridge.Place.of(mesh, inputs.layers), torch.float32)
         start_main_weights(policy.optimizer, fine)
     reference = build_reference(recipe, mesh, progress.tick) if recipe.grpo.kl_coef > 0 else None
-    sampler = build_sampler(recipe, inputs, mesh, policy, progress)
-    return Run(recipe, inputs, mesh, policy, reference, sampler, StepObjective(recipe), progress)
+    sampler: Sampler = Demonstrations()
+    examiner = sampler  # which nobody asks unless problems are held out
+    if recipe.sampling.source == "policy" or inputs.heldout:
+        examiner = build_sampler(recipe, inputs, mesh, policy, progress)
+    if recipe.sampling.source == "policy":
+        sampler = examiner
+    return Run(recipe, inputs, mesh, policy, reference, sampler, examiner, StepObjective(recipe), progress)
 
 
 def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, progress: Progress) -> Sampler:
@@ -143,7 +161,7 @@ def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, pr
         current,
         seed=recipe.run.seed,
         max_completion_tokens=rule.max_completion_tokens,
-        stop_token_ids=(*inputs.tokenizer.stop_token_ids, *rule.stop_token_ids),
+        stop_token_ids=stop_tokens(recipe, inputs.tokenizer),
         max_rows=rule.max_rows,
         decode=inputs.tokenizer.decode,
         routes=current is not mesh,

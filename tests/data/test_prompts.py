@@ -14,7 +14,14 @@ from grpo_mega.errors import ConfigError, DataError
 
 def row(text, n=0, messages=None):
     fields = {"prompt": text, "n": n}
-    return Row(prompt=text, messages=messages, answer=text.upper(), origin=f"train.jsonl:{n + 1}", fields=fields)
+    return Row(
+        prompt=text,
+        messages=messages,
+        answer=text.upper(),
+        demonstration=None,
+        origin=f"train.jsonl:{n + 1}",
+        fields=fields,
+    )
 
 
 @pytest.fixture
