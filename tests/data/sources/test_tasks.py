@@ -51,3 +51,14 @@ def test_without_the_package_the_remedy_is_named(monkeypatch):
         DataError, match=r"needs the package reasoning-gym.*pip install reasoning-gym, or use data.json"
     ):
         read_task("chain_sum", {}, 0, Fields("prompt", "answer", "data"))
+
+
+def test_an_answer_can_be_the_demonstration_of_a_task():
+    pytest.importorskip("reasoning_gym")
+    fields = Fields("prompt", "answer", "data", "answer", "required")
+    for row in read_task("chain_sum", {"size": 3}, 5, fields):
+        assert row["demonstration"] == row["answer"]
+    with pytest.raises(
+        DataError, match=r"data.reasoning_gym=chain_sum makes problems without demonstrations, which sa"
+    ):
+        read_task("chain_sum", {"size": 3}, 5, Fields("prompt", "answer", "data", None, "required"))
