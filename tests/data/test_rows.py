@@ -90,8 +90,8 @@ def test_held_out_rows_are_without_it_and_the_same_problem():
 @pytest.mark.parametrize(
     ("entry", "completion", "message"),
     [
-        ({"prompt": "2+2", "gold": "4"}, "completion", r"full/train.jsonl:3: there is no field 'completion' \(found: 'p"
-         r"mpt', 'gold'\), and sampling.source=data trains on what it holds; set data.completion_field to one of them"),
+        ({"prompt": "2+2", "gold": "4"}, "completion", r"full/train.jsonl:3: there is no field 'completion' \(found: "
+         r"'prompt', 'gold'\), and sampling.source=data trains on what it holds; set data.completion_field to one"),
         ({"prompt": "2+2", "gold": None}, "gold", r"full/train.jsonl:3: 'gold' is None, not a text; write what the po"),
         ({"prompt": "2+2", "gold": " "}, "gold", r"'gold' is ' ', not a text; write what the policy should write, or "),
         ({"prompt": "2+2"}, None, r"full/train.jsonl:3: 'prompt' does not end with a message of the assistant's, and .*"
