@@ -50,7 +50,8 @@ class DataConfig(PlaceConfig):
     instruction: str = "{prompt}"  # the (last) user message; {prompt} is replaced by the data row's prompt
     chat_template: Name | None = None  # a Jinja file; default: the tokenizer's own template
     max_prompt_tokens: Positive | None = None  # default: what the context leaves beside a completion
-    # a longer prompt: an error, a row less (counted), or only its last tokens (counted)
+    # a longer prompt: an error, a row less (counted), or only its last tokens (counted); a demonstration that is longer
+    # than a completion may be: a row less under skip, an error otherwise
     overlong: Literal["refuse", "skip", "truncate_left"] = "refuse"
     heldout: NonNegative = 64  # problems kept out of training, for evaluation; with heldout_source at most so many
     heldout_source: SourceConfig | None = None  # a source of its own for them

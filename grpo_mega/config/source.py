@@ -53,8 +53,6 @@ def _contradictions(recipe: Recipe) -> dict[str, tuple[Any, Any, str]]:
         "grpo.kl_coef": (grpo.kl_coef, 0.0, f"{drawn}, so that their log-probs estimate no KL"),
         "grpo.correction": (grpo.correction, "none", f"{drawn}, and there is no sampler to correct for"),
         "grpo.off_policy_threshold": (grpo.off_policy_threshold, None, f"{drawn}: all of them are off-policy"),
-        "grpo.max_resamples": (grpo.max_resamples, 0, "there are no rewards to compare"),
-        "reward.steps": (recipe.reward.steps, None, "no reward is asked for"),
         "sampling.temperature": (recipe.sampling.temperature, 1.0, "the likelihood is the policy's own"),
     }
 

@@ -11,6 +11,7 @@ from grpo_mega.data.corpus import load_corpus
 from grpo_mega.data.mixture import PromptStream
 from grpo_mega.data.prompts import DataCounts, Renderer, prompts_of
 from grpo_mega.data.tokenizer import ChatTokenizer, check_vocabulary, load_tokenizer
+from grpo_mega.errors import DataError
 from grpo_mega.model import bridge
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.build import DTYPES, build_model
@@ -71,7 +72,13 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     reward = resolve_reward(recipe.reward, limit) if asked else ()
     corpus = load_corpus(recipe.data, recipe.run.seed, demonstrated=demonstrated)
     for row in corpus.heldout if demonstrated else corpus.rows():
-        check_row(recipe.reward, row["origin"], row["answer"], row["fields"])
+        try:
+            check_row(recipe.reward, row["origin"], row["answer"], row["fields"])
+        except DataError as error:
+            aside = (
+                " (it is held out; data.heldout=0 trains on every row and evaluates on none)" if demonstrated else ""
+            )
+            raise DataError(f"{error}{aside}") from None
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.tokenizer, recipe.data.chat_template)
     check_vocabulary(tokenizer, recipe.model.tokenizer or recipe.model.path, arch.vocab_size)
     render = render_heldout = Renderer(recipe.data, tokenizer, limit, arch.context_length)

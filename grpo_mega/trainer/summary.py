@@ -128,7 +128,7 @@ def _parts(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _completions(directory: Path) -> Iterator[str]:
-    """Best and worst completion of the last step that has rollouts."""
+    """Best and worst completion of the last step that has rollouts; of demonstrations the first and the last."""
     files = sorted((directory / "rollouts").glob("step_*.parquet"))
     if not files:
         return
@@ -139,12 +139,16 @@ def _completions(directory: Path) -> Iterator[str]:
         return
     yield f"\nlast rollouts: {files[-1]}, {len(rows)} completions"
     rows.sort(key=lambda row: -row["reward"])  # stable: among equals the first in the step's order
-    for name, row in (("best", rows[0]), ("worst", rows[-1])) if rows else ():
+    drawn = not rows or rows[0]["sampler_logprobs"] is not None  # else they are demonstrations, of no reward
+    for name, row in (
+        zip(("best", "worst") if drawn else ("first", "last"), (rows[0], rows[-1]), strict=True) if rows else ()
+    ):
         parts = ", ".join(_part(part["name"], part["value"]) for part in row["rewards"])
         why = f"; error: {one_line(row['error'])}" if row["error"] else ""
         yield (
-            f"  {name}: reward {row['reward']:g}{f' ({parts})' if parts else ''}, {_advantage(row)}, "
-            f"{len(row['token_ids'])} tokens, {row['finish_reason']}{why}"
+            f"  {name}: "
+            + (f"reward {row['reward']:g}{f' ({parts})' if parts else ''}, {_advantage(row)}, " if drawn else "")
+            + f"{len(row['token_ids'])} tokens, {row['finish_reason']}{why}"
         )
         answer = f"   (answer {one_line(row['answer'])})" if row["answer"] is not None else ""
         yield f"    prompt      {one_line(row['prompt'])}{answer}"
