@@ -66,7 +66,7 @@ def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Co
     groups = None
     if run.mesh.leads_replica:
         reward, rule = run.inputs.reward, run.recipe.reward
-        marks = None if rule.steps is None else Marks(rule.steps.delimiter, run.inputs.tokenizer.decode)
+        marks = None if rule.steps is None else Marks(run.inputs.tokenizer.decode, **rule.steps.marks)
         groups = score_groups(
             prompts,
             completions,

@@ -281,7 +281,7 @@ def test_the_first_fault():
 def stepwise(pieces: list[str], parts: list[Part], truncated: Any = "reward", reason: Any = "stop") -> Rollout:
     """A completion whose tokens are the pieces, under process supervision with marks of ";"."""
     one = Completion(tuple(range(len(pieces))), (0.0,) * len(pieces), reason, "".join(pieces))
-    marks = Marks(";", lambda ids: "".join(pieces[i] for i in ids))
+    marks = Marks(lambda ids: "".join(pieces[i] for i in ids), delimiter=";")
     (group,) = score_groups([PROMPT], [[one]], parts, truncated=truncated, truncation_reward=-0.5, marks=marks)
     return group.rollouts[0]
 
