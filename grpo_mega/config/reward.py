@@ -103,8 +103,8 @@ class StepsConfig(Section):
     def _one_kind(self) -> StepsConfig:
         if self.delimiter is not None and self.every_tokens is not None:
             raise ValueError(
-                f"reward.steps.delimiter={self.delimiter!r} and every_tokens={self.every_tokens} are two ways to mark a "
-                "step's end; give one of them"
+                f"reward.steps.delimiter={self.delimiter!r} and every_tokens={self.every_tokens} are two ways to mark "
+                "a step's end; give one of them"
             )
         return self
 
