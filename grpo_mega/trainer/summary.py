@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import ConfigError
-from grpo_mega.trainer.lines import one_line, read_lines
+from grpo_mega.trainer.lines import bracketed, one_line, read_lines
 from grpo_mega.trainer.live import sparkline
 from grpo_mega.trainer.progress import METRICS
 
@@ -57,7 +58,8 @@ def print_summary(directory: Path, console: Console) -> None:
     else:
         say("no step is recorded yet")
     if evaluations:
-        say("held-out accuracy: " + ", ".join(f"{row['reward']:.3f} after {row['step']} steps" for row in evaluations))
+        say("held-out problems (in brackets 95 % intervals):")
+        console.print(_evaluations(evaluations))
     if timings:
         say("\n".join(costs(timings)))
     for line in _completions(directory):
@@ -117,6 +119,23 @@ def _curve(metrics: Sequence[Mapping[str, Any]]) -> Table:
             form = CURVE.get(name, ("", ".3f"))[1]
             cells.append(f"{statistics.fmean(values):{form}}" if values else "-")
         table.add_row(f"{first}" if first == last else f"{first}-{last}", *cells)
+    return table
+
+
+def _evaluations(records: Sequence[Mapping[str, Any]]) -> Table:
+    """A row an evaluation: the first, and the last ones where there are more than CURVE_ROWS."""
+    records = records if len(records) <= CURVE_ROWS else [records[0], *records[1 - CURVE_ROWS :]]
+    names = ["reward", *dict.fromkeys(name for row in records for name in row if re.fullmatch(r"(pass|maj)@\d+", name))]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("after steps", *names):
+        table.add_column(name, justify="right" if name == "after steps" else "left", no_wrap=True)
+    for row in records:
+        cells = []
+        for name in names:
+            mean, low, high = (row.get(name + end) for end in ("", "_low", "_high"))
+            interval = (math.nan, math.nan) if low is None or high is None else (low, high)
+            cells.append("-" if mean is None else bracketed(mean, *interval))
+        table.add_row(str(row["step"]), *cells)
     return table
 
 
