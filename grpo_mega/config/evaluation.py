@@ -34,6 +34,11 @@ class EvaluationConfig(Section):
                     f"{max(several)} completions of one problem, and there are {self.completions}; set "
                     f"evaluation.completions={max(several)} or more, or ask for a smaller k"
                 )
+        if self.correct is not None and not (self.pass_at or self.maj_at):
+            raise ValueError(
+                f"evaluation.correct={self.correct!r} would never be used with pass_at=[] and maj_at=[]; leave it out, "
+                "or ask for a k"
+            )
         if self.temperature == 0 and self.completions > 1:
             raise ValueError(
                 f"evaluation.temperature=0 makes all evaluation.completions={self.completions} of a problem the same "

@@ -70,6 +70,7 @@ def test_where_nothing_asks_nothing_decides():
         ({"pass_at": 4}, {}, "evaluation.pass_at=4 should be a list"),
         ({"temperature": 0}, {},
          "evaluation.temperature=0 makes all evaluation.completions=4 of a problem the same one; set "),
+        ({"correct": "exact", "pass_at": []}, {}, "evaluation.correct='exact' would never be used with pass_at=[] "),
         ({"temperature": -1}, {}, "evaluation.temperature=-1 should be greater than or equal to 0"),
         ({"correct": "rigth"}, {"parts": {"right": MATHS}},
          "evaluation.correct='rigth' is no part of the reward; did you mean 'right'?"),
