@@ -22,6 +22,7 @@ from grpo_mega.trainer.progress import METRICS
 
 CURVE_ROWS = 12  # of the learning curve's table; each is the mean of equally many steps
 SPARK_STEPS = 60
+EVALUATIONS = 6  # whose numbers are shown
 CURVE = METRICS | {"completion_tokens": ("tokens", ".1f"), "truncated": ("cut", ".2f")}
 PHASES = ("sample", "reward", "gather", "log-probs", "update")
 
@@ -58,8 +59,8 @@ def print_summary(directory: Path, console: Console) -> None:
     else:
         say("no step is recorded yet")
     if evaluations:
-        say("held-out problems (in brackets 95 % intervals):")
-        console.print(_evaluations(evaluations))
+        say("held-out problems after so many steps (in brackets 95 % intervals):")
+        say("\n".join(_evaluations(evaluations)))
     if timings:
         say("\n".join(costs(timings)))
     for line in _completions(directory):
@@ -122,21 +123,17 @@ def _curve(metrics: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _evaluations(records: Sequence[Mapping[str, Any]]) -> Table:
-    """A row an evaluation: the first, and the last ones where there are more than CURVE_ROWS."""
-    records = records if len(records) <= CURVE_ROWS else [records[0], *records[1 - CURVE_ROWS :]]
+def _evaluations(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line a metric: the first evaluation, and the last ones where there are more than EVALUATIONS."""
+    records = records if len(records) <= EVALUATIONS else [records[0], *records[1 - EVALUATIONS :]]
     names = ["reward", *dict.fromkeys(name for row in records for name in row if re.fullmatch(r"(pass|maj)@\d+", name))]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("after steps", *names):
-        table.add_column(name, justify="right" if name == "after steps" else "left", no_wrap=True)
-    for row in records:
+    for name in names:
         cells = []
-        for name in names:
-            mean, low, high = (row.get(name + end) for end in ("", "_low", "_high"))
-            interval = (math.nan, math.nan) if low is None or high is None else (low, high)
-            cells.append("-" if mean is None else bracketed(mean, *interval))
-        table.add_row(str(row["step"]), *cells)
-    return table
+        for row in (row for row in records if row.get(name) is not None):
+            ends = (row.get(f"{name}_{end}") for end in ("low", "high"))
+            low, high = (math.nan if end is None else end for end in ends)
+            cells.append(f"{bracketed(row[name], low, high)} after {row['step']}")
+        yield f"  {name:<{max(map(len, names))}}  {', '.join(cells)}"
 
 
 def _parts(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
