@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from grpo_mega.config.base import Section, nearest
+from grpo_mega.config.presets import expand
 from grpo_mega.config.recipe import Recipe
 from grpo_mega.errors import ConfigError
 
@@ -65,6 +66,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _check_sections(tree, str(path))
     for key, value in _parse_overrides(overrides):
         section, _, name = key.partition(".")
+        if key == "preset":
+            tree[key] = value
+            continue
         if section not in Recipe.model_fields:
             raise ConfigError(f"--{key} names no recipe section{nearest(section, Recipe.model_fields)}")
         if not name:
@@ -79,7 +83,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """A Recipe from nested dicts; every problem found is listed in one ConfigError."""
+    """A Recipe from nested dicts, presets included; every problem found is listed in one ConfigError."""
+    tree = expand(tree, origin)
     try:
         return Recipe.model_validate({key: {} if value is None else value for key, value in tree.items()})
     except ValidationError as error:
@@ -88,6 +93,8 @@ def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
 
 def _check_sections(tree: dict[Any, Any], origin: str) -> None:
     for section, value in tree.items():
+        if section == "preset":
+            continue
         if section not in Recipe.model_fields:
             raise ConfigError(f"{origin}: unknown section {section!r}{nearest(str(section), Recipe.model_fields)}")
         if value is not None and not isinstance(value, dict):

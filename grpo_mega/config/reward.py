@@ -90,6 +90,30 @@ class PartConfig(Section):
     weight: float = 1.0  # 0: only logged
     options: dict[str, Any] = Field(default_factory=dict)  # a function of your own gets them as keyword arguments
     batch: bool = False  # of your own: called with lists, once a step and replica
+    per_step: bool = False  # of your own: called with a completion's reasoning steps, a list of texts; gives a list
+
+
+class StepsConfig(Section):
+    """Process supervision: where a completion's reasoning steps end (rewards/steps)."""
+
+    delimiter: Name | None = None  # in the text; default: "\n\n"
+    every_tokens: Positive | None = None  # or steps of so many tokens each (segments, as of arXiv:2505.23564)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StepsConfig:
+        if self.delimiter is not None and self.every_tokens is not None:
+            raise ValueError(
+                f"reward.steps.delimiter={self.delimiter!r} and every_tokens={self.every_tokens} are two ways to mark "
+                "a step's end; give one of them"
+            )
+        return self
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """As `rewards/steps` takes them."""
+        if self.every_tokens is not None:
+            return {"every": self.every_tokens}
+        return {"delimiter": self.delimiter or "\n\n"}
 
 
 class RewardConfig(Section):
@@ -97,6 +121,8 @@ class RewardConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     batch: bool = False
     parts: dict[str, PartConfig] = Field(default_factory=dict)  # or several: the reward is their weighted sum
+    # given: process supervision. Parts with `per_step` score each step, what the others give goes to the last one
+    steps: StepsConfig | None = None
     # what a completion cut by the length limit gets: its reward, no part in the loss, or `truncation_reward`
     truncated: Literal["reward", "mask", "penalize"] = "reward"
     truncation_reward: float = 0.0
@@ -117,12 +143,35 @@ class RewardConfig(Section):
         tree["parts"] = {name: _checked_part(_where(name), part) for name, part in tree["parts"].items()}
         return tree
 
+    @model_validator(mode="after")
+    def _steps(self) -> RewardConfig:
+        scoring = [name for name, part in self.all_parts.items() if part.per_step]
+        if scoring and self.steps is None:
+            raise ValueError(
+                f"{self.key(scoring[0])}.per_step=true scores reasoning steps, and nothing says where they end; set "
+                'reward.steps, say {delimiter: "\\n\\n"}'
+            )
+        if self.steps is not None and not scoring:
+            raise ValueError(
+                f"reward.steps={self.steps.marks} marks reasoning steps, and no part scores them; give one "
+                "per_step: true, or leave reward.steps out"
+            )
+        for name in scoring:
+            if self.all_parts[name].function in OPTIONS:
+                raise ValueError(
+                    f"{self.key(name)}.function={self.all_parts[name].function} scores whole completions, not the "
+                    "steps that reward.steps marks; use a function of your own (beside it, under reward.parts)"
+                )
+        return self
+
     @property
     def all_parts(self) -> dict[str, PartConfig]:
         """Every part by its name in metrics and errors; the only part has its function's name."""
         if self.function is None:
             return dict(self.parts)
-        return {self.function: PartConfig(function=self.function, options=self.options, batch=self.batch)}
+        per_step = self.steps is not None  # the only part is what the steps are for
+        part = PartConfig(function=self.function, options=self.options, batch=self.batch, per_step=per_step)
+        return {self.function: part}
 
     def check_lengths(self, max_completion_tokens: int) -> None:
         """Raise ValueError for a length penalty that completions of at most `max_completion_tokens` never meet."""

@@ -42,13 +42,17 @@ BUILT_IN: dict[str, Callable[[Any, int], RewardFunction]] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One function of a reward: `weight` times its value is added. `extras` are those of EXTRAS that it asks for."""
+    """One function of a reward: `weight` times its value is added. `extras` are those of EXTRAS that it asks for.
+
+    per_step: it is called with the list of a completion's reasoning steps in the text's place, and gives a list.
+    """
 
     name: str
     weight: float
     function: RewardFunction
     batch: bool = False
     extras: tuple[str, ...] = ()
+    per_step: bool = False
 
 
 def resolve_reward(config: RewardConfig, max_completion_tokens: int) -> tuple[Part, ...]:
@@ -90,7 +94,7 @@ def _part(key: str, name: str, config: PartConfig, max_completion_tokens: int) -
     _check_signature(function, config, f"{key}.function={config.function!r}")
     if config.options:
         function = partial(function, **config.options)
-    return Part(name, config.weight, function, config.batch, _extras(function))
+    return Part(name, config.weight, function, config.batch, _extras(function), config.per_step)
 
 
 def _own(name: str, key: str, batch: bool) -> Any:
@@ -133,9 +137,10 @@ def _check_signature(function: Any, config: PartConfig, said: str) -> None:
     try:
         signature.bind("", None, {}, **config.options, **dict.fromkeys(_extras(function)))
     except TypeError as error:
-        what = "the completion's text, the answer (or None) and the data row"
+        text = "list of steps" if config.per_step else "text"
+        what = f"the completion's {text}, the answer (or None) and the data row"
         if config.batch:
-            what = "lists of the completions' texts, their answers and their data rows"
+            what = f"lists of the completions' {text}s, their answers and their data rows"
         options = f", and its options as keywords ({', '.join(config.options)})" if config.options else ""
         raise RewardError(
             f"{said} has the signature {signature} ({error}), but is called with three positional arguments: {what}"

@@ -6,7 +6,7 @@ and judged there, and come back to every rank in the problems' order, so that no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.rewards.estimates import Estimate, majority_at_k, mean_estimate, pass_at_k, share_estimate
 from grpo_mega.rewards.resolve import Part
 from grpo_mega.rewards.score import first_fault, score_groups
+from grpo_mega.rewards.steps import Marks
 from grpo_mega.rewards.votes import Verdict, judge, voter
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.lines import bracketed
@@ -33,6 +34,7 @@ class Examination:
     recipe: Recipe
     prompts: Sequence[Prompt]
     reward: Sequence[Part]
+    decode: Callable[[Sequence[int]], str]
     sampler: Sampler
     mesh: Mesh
 
@@ -95,7 +97,12 @@ def _judged(
     reward, rule = exam.recipe.reward, exam.recipe.evaluation
     bare = [[replace(completion, kept=None) for completion in several] for several in sampled]
     groups = score_groups(
-        prompts, bare, exam.reward, truncated=reward.truncated, truncation_reward=reward.truncation_reward
+        prompts,
+        bare,
+        exam.reward,
+        truncated=reward.truncated,
+        truncation_reward=reward.truncation_reward,
+        marks=None if reward.steps is None else Marks(exam.decode, **reward.steps.marks),
     )
     name = rule.correct_part(reward)
     vote = voter(reward.all_parts[name]) if rule.maj_at and name is not None else None
@@ -128,7 +135,8 @@ def estimates_of(groups: Sequence[Group], verdicts: Sequence[Verdict], recipe: R
 
 def evaluate(run: Run, steps_done: int) -> Evaluation:
     """Examine a run's policy on its held-out problems and record what came out. Every rank must call."""
-    exam = Examination(run.recipe, run.inputs.heldout, run.inputs.reward, run.examiner, run.mesh)
+    inputs, decode = run.inputs, run.inputs.tokenizer.decode
+    exam = Examination(run.recipe, inputs.heldout, inputs.reward, decode, run.examiner, run.mesh)
     with run.progress.task("held-out accuracy", f" after {steps_done} steps") as task:
         evaluation = examine(exam, steps_done)
         task.result = evaluation.line()

@@ -7,9 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from grpo_mega.objective.advantages import group_advantages
 from grpo_mega.rewards.votes import Verdict
 from grpo_mega.types import Group
 
@@ -35,7 +33,8 @@ _BEHIND = {
 SCHEMA = pa.schema(
     {
         **_BEFORE,
-        "advantage": pa.float64(),
+        "advantage": pa.float64(),  # of the first token; before a KL penalty in the reward; null: not trained on
+        "steps": pa.list_(pa.struct({"end": pa.int32(), "reward": pa.float64()})),  # of process supervision
         "counts": pa.bool_(),  # false: no part in the loss
         **_BEHIND,
     }
@@ -72,12 +71,14 @@ def _file(schema: pa.Schema, rows: list[dict[str, Any]]) -> bytes:
 
 
 def _trained(step: int, group: Group) -> list[dict[str, Any]]:
-    rewards = torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float64)
     return [
-        {**row, "advantage": advantage, "counts": rollout.counts}
-        for row, rollout, advantage in zip(
-            _rows(step, group), group.rollouts, group_advantages(rewards).tolist(), strict=True
-        )
+        {
+            **row,
+            "advantage": rollout.advantage[0] if isinstance(rollout.advantage, tuple) else rollout.advantage,
+            "steps": [{"end": end, "reward": reward} for end, reward in rollout.steps],
+            "counts": rollout.counts,
+        }
+        for row, rollout in zip(_rows(step, group), group.rollouts, strict=True)
     ]
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from grpo_mega.config import Recipe, SamplingConfig
 from grpo_mega.data.corpus import load_corpus
@@ -22,18 +21,18 @@ from grpo_mega.model.decode import Decoder
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.model.optimizer import start_main_weights
 from grpo_mega.model.specs import ModelParts
-from grpo_mega.objective.grpo import grpo_loss
 from grpo_mega.parallel.mesh import Mesh, another_layout
 from grpo_mega.parallel.truncation import Truncation
 from grpo_mega.rewards.resolve import Part, check_row, resolve_reward
 from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply, sampling_layout
-from grpo_mega.trainer.policy import Objective, Policy
+from grpo_mega.trainer.objective import StepObjective
+from grpo_mega.trainer.policy import Policy
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.records import RunDirectory
 from grpo_mega.trainer.reference import Reference, build_reference
-from grpo_mega.types import Metrics, Prompt, TokenBatch
+from grpo_mega.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Run:
     reference: Reference | None
     sampler: Sampler
     examiner: Sampler  # of held-out problems
-    objective: Objective
+    objective: StepObjective
     progress: Progress
 
 
@@ -122,7 +121,7 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
     reference = build_reference(recipe, mesh, progress.tick) if recipe.grpo.kl_coef > 0 else None
     sampler_of = build_samplers(recipe, inputs, mesh, policy, progress)
     sampler, examiner = sampler_of(recipe.sampling), sampler_of(recipe.evaluation_sampling)
-    return Run(recipe, inputs, mesh, policy, reference, sampler, examiner, objective_of(recipe), progress)
+    return Run(recipe, inputs, mesh, policy, reference, sampler, examiner, StepObjective(recipe), progress)
 
 
 def build_samplers(
@@ -178,24 +177,3 @@ def sampler_on(
         decode=tokenizer.decode,
         routes=routes,
     )
-
-
-def objective_of(recipe: Recipe) -> Objective:
-    """The recipe's GRPO loss as a function of log-probs, entropies and the tokens' weights and advantages."""
-    grpo = recipe.grpo
-
-    def objective(logprobs: Tensor, entropies: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        return grpo_loss(
-            logprobs,
-            entropies,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            advantages=batch.advantages,
-            loss_weights=batch.loss_weights,
-            sampler_logprobs=batch.sampler_logprobs,
-            clip_low=grpo.clip_low,
-            clip_high=grpo.clip_high,
-            kl_coef=grpo.kl_coef,
-        )
-
-    return objective

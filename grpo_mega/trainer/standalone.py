@@ -109,7 +109,7 @@ def build_examination(recipe: Recipe, inputs: Inputs, grid: mesh.Mesh, progress:
     truncation = Truncation.of(rule.top_k, rule.top_p)
     decoder = partial(Decoder, model, arch.vocab_size, grid, rule.temperature, progress.tick, truncation)
     sampler = sampler_on(decoder, grid, inputs.tokenizer, rule, recipe.run.seed)
-    return Examination(recipe, inputs.prompts, inputs.reward, sampler, grid)
+    return Examination(recipe, inputs.prompts, inputs.reward, inputs.tokenizer.decode, sampler, grid)
 
 
 def result_of(recipe: Recipe, evaluation: Evaluation) -> dict[str, Any]:

@@ -66,7 +66,9 @@ def examined(model, tmp_path):
         )  # fmt: skip
         inputs = read_inputs(recipe, 1)
         canned = Canned(texts(inputs.prompts) if callable(texts) else texts)
-        return recipe, examine(Examination(recipe, inputs.prompts, inputs.reward, canned, MESH), inputs.step)
+        return recipe, examine(
+            Examination(recipe, inputs.prompts, inputs.reward, inputs.tokenizer.decode, canned, MESH), inputs.step
+        )
 
     return examined
 
