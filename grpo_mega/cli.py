@@ -1,4 +1,4 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `report`, `selftest`, `convert`.
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `eval`, `report`, `selftest`, `convert`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
 A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import lcm
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
     parser, commands = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if options.command != "train" and overrides:
+    if options.command not in ("train", "eval") and overrides:
         commands[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         if options.command == "selftest":
@@ -50,6 +50,8 @@ def run(arguments: Sequence[str]) -> int:
             return _convert(options, arguments)
         if options.command == "report":
             return _report(options.directory)
+        if options.command == "eval":
+            return _evaluate(options, overrides, arguments)
         return _train(options.recipe, overrides, options.ranks, arguments)
     except GrpoMegaError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
@@ -73,6 +75,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     train.add_argument("recipe", help="a YAML file")
     train.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
+    evaluation = commands.add_parser(
+        "eval",
+        help="evaluate a model on held-out problems",
+        description="pass@k, maj@k, reward and length of model.path on the recipe's held-out problems, each with its "
+        "95 % interval. Any recipe key can be given as --section.key value.",
+        allow_abbrev=False,
+    )
+    evaluation.add_argument("recipe", help="a YAML file")
+    evaluation.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
+    evaluation.add_argument(
+        "--output", metavar="DIR", help="where results go (default: run.directory/evaluations/NAME, the model folder's)"
+    )
     report = commands.add_parser(
         "report",
         help="summarise a run directory",
@@ -97,7 +111,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "and logits of both sides are compared; what differs is not published (exit code 1).",
     )
     _add_convert(convert)
-    return parser, {"train": train, "report": report, "selftest": check, "convert": convert}
+    return parser, {"train": train, "eval": evaluation, "report": report, "selftest": check, "convert": convert}
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -132,11 +146,12 @@ def _report(directory: str) -> int:
     return 0
 
 
-def ranks_to_fill(recipe: Recipe) -> int:
+def ranks_to_fill(recipe: Recipe, *, trains: bool = True) -> int:
     """Whole model replicas, as many as this machine has GPUs, or cores and memory, for; between one and one a prompt.
     Where sampling or the reference has a layout of its own, they divide into its replicas too.
 
-    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference) and 3 GiB to work in.
+    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference) and 3 GiB to work in;
+    one that only samples (not `trains`: the layout is sampling's) 4 bytes and as much.
     """
     from grpo_mega.model.families import read_architecture
     from grpo_mega.parallel.device import free_memory_bytes, local_devices
@@ -144,33 +159,62 @@ def ranks_to_fill(recipe: Recipe) -> int:
 
     arch = read_architecture(recipe.model.path)
     parameters = arch.num_layers * arch.layer_parameters + 2 * arch.head_parameters
-    replica = recipe.parallel.replica
-    whole = lcm(replica, sampling_layout(recipe).replica, (recipe.reference.layout or recipe.parallel).replica)
-    fit = free_memory_bytes() // (20 * parameters + (3 << 30))
-    return max(1, min(local_devices(), replica * recipe.batch.prompts_per_step, replica * fit) // whole) * whole
+    sampling = sampling_layout(recipe).replica
+    replica = recipe.parallel.replica if trains else sampling
+    whole = lcm(replica, sampling, (recipe.reference.layout or recipe.parallel).replica) if trains else sampling
+    prompts, bytes_each = (recipe.batch.prompts_per_step, 20) if trains else (recipe.data.heldout, 4)
+    fit = free_memory_bytes() // (bytes_each * parameters + (3 << 30))
+    return max(1, min(local_devices(), replica * prompts, replica * fit) // whole) * whole
 
 
 def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
     recipe = load_recipe(path, overrides)
     if "RANK" in os.environ:
-        from grpo_mega.parallel.device import quiet_megatron
-
-        quiet_megatron()
+        _quiet()
         from grpo_mega.trainer.main import train
 
-        try:
-            train(recipe)
-        except RuntimeError:
-            # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
-            # and is to be quicker than a traceback that explains nothing
-            time.sleep(LAUNCHER_SECONDS if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
-            raise
-        return 0
-    from grpo_mega.parallel.launch import start_ranks
+        return _as_rank(lambda: train(recipe))
     from grpo_mega.trainer.check import check_cheaply
 
-    if ranks is None:
-        ranks = ranks_to_fill(recipe)
+    ranks = ranks_to_fill(recipe) if ranks is None else ranks
     check_cheaply(recipe, ranks)
+    return _start(ranks, arguments)
+
+
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+    recipe = load_recipe(options.recipe, overrides)
+    if "RANK" in os.environ:
+        _quiet()
+        from grpo_mega.trainer.standalone import evaluate_model
+
+        return _as_rank(lambda: evaluate_model(recipe, options.output))
+    from grpo_mega.trainer.check import check_evaluation, check_output
+
+    ranks = ranks_to_fill(recipe, trains=False) if options.ranks is None else options.ranks
+    check_output(recipe, options.output)
+    check_evaluation(recipe, ranks)
+    return _start(ranks, arguments)
+
+
+def _quiet() -> None:
+    from grpo_mega.parallel.device import quiet_megatron
+
+    quiet_megatron()
+
+
+def _as_rank(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except RuntimeError:
+        # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
+        # and is to be quicker than a traceback that explains nothing
+        time.sleep(LAUNCHER_SECONDS if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
+        raise
+    return 0
+
+
+def _start(ranks: int, arguments: Sequence[str]) -> int:
+    from grpo_mega.parallel.launch import start_ranks
+
     print(f"grpo_mega: starting {ranks} ranks; torch and megatron-core take some seconds to load", flush=True)
     return start_ranks(ranks, ["-m", "grpo_mega", *arguments])
