@@ -134,19 +134,24 @@ def _report(directory: str) -> int:
 
 def ranks_to_fill(recipe: Recipe) -> int:
     """Whole model replicas, as many as this machine has GPUs, or cores and memory, for; between one and one a prompt.
-    Where sampling or the reference has a layout of its own, they divide into its replicas too.
+    Where sampling, the reference or a reward model has a layout of its own, they divide into its replicas too.
 
-    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference) and 3 GiB to work in.
+    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference), 4 of a reward
+    model, and 3 GiB to work in.
     """
-    from grpo_mega.model.families import read_architecture
+    from grpo_mega.model.families import read_architecture, read_scored
     from grpo_mega.parallel.device import free_memory_bytes, local_devices
-    from grpo_mega.trainer.check import sampling_layout
+    from grpo_mega.trainer.check import judging_layout, sampling_layout
 
     arch = read_architecture(recipe.model.path)
     parameters = arch.num_layers * arch.layer_parameters + 2 * arch.head_parameters
-    replica = recipe.parallel.replica
+    replica, need = recipe.parallel.replica, 20 * parameters + (3 << 30)
     whole = lcm(replica, sampling_layout(recipe).replica, (recipe.reference.layout or recipe.parallel).replica)
-    fit = free_memory_bytes() // (20 * parameters + (3 << 30))
+    for config in recipe.reward_models.values():
+        model = read_scored(config.path)
+        whole = lcm(whole, judging_layout(config, recipe.parallel, model).replica)
+        need += 4 * (model.num_layers * model.layer_parameters + model.hidden_size * model.vocab_size)
+    fit = free_memory_bytes() // need
     return max(1, min(local_devices(), replica * recipe.batch.prompts_per_step, replica * fit) // whole) * whole
 
 

@@ -30,11 +30,13 @@ def score_groups(
     *,
     truncated: TruncationPolicy,
     truncation_reward: float,
+    given: Mapping[str, Sequence[Outcome]] | None = None,
 ) -> list[Group]:
     """Score completions[k], the completions of prompts[k], in order: the sum of each part's weight times its value.
 
     A part is called as function(text, answer, row), once a completion, or, a batch part, as function(texts, answers,
     rows) once, with lists that hold the completions of all prompts; what it asks for by keyword comes beside that.
+    given: of each reward model that parts name, its outcomes of the completions that are `asked` about, in order.
 
     A completion cut by the length limit (`finish_reason == "length"`), by `truncated`:
         reward      is scored like any other
@@ -45,21 +47,42 @@ def score_groups(
     None as that part's value, and `error` "part: Type: message"; nothing is raised. The same for every completion of a
     batch call that raises or gives another number of results. KeyboardInterrupt passes.
     """
-
-    def is_scored(completion: Completion) -> bool:
-        return not (truncated == "penalize" and completion.finish_reason == "length")
-
-    pairs = [(prompt, one) for prompt, several in zip(prompts, completions, strict=True) for one in several]
-    pairs = [(prompt, completion) for prompt, completion in pairs if is_scored(completion)]
-    outcomes = [_batch(part, pairs) if part.batch else [_one(part, *pair) for pair in pairs] for part in parts]
+    pairs = asked(prompts, completions, truncated)
+    outcomes = [_outcomes(part, pairs, given or {}) for part in parts]
     scored = (
         _rollout(completion, parts, [of_part[n] for of_part in outcomes], truncated)
         for n, (_, completion) in enumerate(pairs)
     )
     return [
-        Group(prompt, tuple(next(scored) if is_scored(one) else Rollout(one, truncation_reward) for one in several))
+        Group(
+            prompt,
+            tuple(next(scored) if _is_asked(one, truncated) else Rollout(one, truncation_reward) for one in several),
+        )
         for prompt, several in zip(prompts, completions, strict=True)
     ]
+
+
+def asked(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], truncated: TruncationPolicy
+) -> list[tuple[Prompt, Completion]]:
+    """The completions that a reward's parts are asked about, in order, each with its prompt."""
+    pairs = [(prompt, one) for prompt, several in zip(prompts, completions, strict=True) for one in several]
+    return [(prompt, completion) for prompt, completion in pairs if _is_asked(completion, truncated)]
+
+
+def _is_asked(completion: Completion, truncated: TruncationPolicy) -> bool:
+    return not (truncated == "penalize" and completion.finish_reason == "length")
+
+
+def _outcomes(
+    part: Part, pairs: Sequence[tuple[Prompt, Completion]], given: Mapping[str, Sequence[Outcome]]
+) -> Sequence[Outcome]:
+    if part.model is None:
+        return _batch(part, pairs) if part.batch else [_one(part, *pair) for pair in pairs]
+    outcomes = given[part.model]
+    if len(outcomes) != len(pairs):
+        raise ValueError(f"reward model {part.model} has {len(outcomes)} outcomes for {len(pairs)} completions")
+    return [_number(value) if fault is None else (None, fault) for value, fault in outcomes]
 
 
 def unscored_steps(groups: Sequence[Group], before: int) -> int:
@@ -104,6 +127,7 @@ def _rollout(
 
 
 def _one(part: Part, prompt: Prompt, completion: Completion) -> Outcome:
+    assert part.function is not None, "a model's outcomes are given"
     extras = {name: getattr(completion, name) for name in part.extras}
     try:
         return _number(part.function(completion.text, prompt.answer, prompt.row, **extras))
@@ -112,6 +136,7 @@ def _one(part: Part, prompt: Prompt, completion: Completion) -> Outcome:
 
 
 def _batch(part: Part, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Outcome]:
+    assert part.function is not None, "a model's outcomes are given"
     if not pairs:
         return []
     extras = {name: [getattr(completion, name) for _, completion in pairs] for name in part.extras}

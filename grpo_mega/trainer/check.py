@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from grpo_mega.config import ParallelConfig, Recipe
+from grpo_mega.config.reward_model import RewardModelConfig
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture, check_experts, check_layout
-from grpo_mega.model.families import read_architecture
+from grpo_mega.model.families import read_architecture, read_scored
 from grpo_mega.model.layout import layers_per_stage, nearest_layouts
 from grpo_mega.parallel.mesh import check_world
 
@@ -17,6 +18,10 @@ def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
     _check_mixture(arch, recipe)
     layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout)
     check_parallel(arch, sampling_layout(recipe), world_size, "sampling")
+    for name, config in recipe.reward_models.items():
+        model = read_scored(config.path)
+        section = "parallel" if config.layout is None else f"reward_models.{name}"
+        check_parallel(model, judging_layout(config, recipe.parallel, model), world_size, section)
     if recipe.grpo.kl_coef > 0:
         other = read_architecture(recipe.reference_path)
         own = recipe.reference.layout
@@ -74,3 +79,12 @@ def sampling_layout(recipe: Recipe) -> ParallelConfig:
             update={"context": 1}
         )  # its ranks hold whole models: they sample prompts of their own
     return ParallelConfig(**own_sizes)
+
+
+def judging_layout(config: RewardModelConfig, training: ParallelConfig, arch: Architecture) -> ParallelConfig:
+    """A reward model's layout: its own, or training's, with stages balanced for this model and no ranks for experts
+    that it does not have."""
+    inherited: dict[str, object] = {"pipeline_layout": None}
+    if not arch.num_experts:
+        inherited |= {"expert": 1, "expert_tensor": None}
+    return config.layout or training.model_copy(update=inherited)

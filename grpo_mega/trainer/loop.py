@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from grpo_mega.data.balance import microbatch_work
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.device import peak_memory_bytes
-from grpo_mega.rewards.score import first_fault, score_groups, unscored_steps
+from grpo_mega.rewards.score import asked, first_fault, score_groups, unscored_steps
 from grpo_mega.trainer import checkpoint
 from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share, with_logprobs
 from grpo_mega.trainer.records import StepCost, group_metrics, step_timings, write_together
@@ -59,12 +59,19 @@ def train(run: Run, start: int = 0) -> None:
 
 
 def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Group]:
-    """Rewards, asked for once a completion (by one rank of each replica) and told to the replica's others."""
-    groups = None
+    """Rewards: of models by all ranks together, of functions once a completion (by one rank of each replica), and told
+    to the replica's others."""
+    groups, reward, rule = None, run.inputs.reward, run.recipe.reward
+    pairs = asked(prompts, completions, rule.truncated) if run.reward_models else []
+    given = {name: model.outcomes(pairs, run.progress.tick) for name, model in run.reward_models.items()}
     if run.mesh.leads_replica:
-        reward, rule = run.inputs.reward, run.recipe.reward
         groups = score_groups(
-            prompts, completions, reward, truncated=rule.truncated, truncation_reward=rule.truncation_reward
+            prompts,
+            completions,
+            reward,
+            truncated=rule.truncated,
+            truncation_reward=rule.truncation_reward,
+            given=given,
         )
     return collectives.broadcast_object(
         collectives.broadcast_object(groups, run.mesh.replica.group), run.mesh.context.group

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -25,9 +24,9 @@ from grpo_mega.model.context import ContextRows
 from grpo_mega.model.experts import Routing
 from grpo_mega.model.optimizer import build_optimizer, settle, wrap_for_training
 from grpo_mega.model.specs import ModelParts
-from grpo_mega.parallel import collectives, vocab
+from grpo_mega.parallel import collectives
 from grpo_mega.parallel.context import in_rows, places_of
-from grpo_mega.parallel.mesh import Mesh
+from grpo_mega.trainer.heads import Head
 from grpo_mega.types import Mean, Metrics, Microbatch, TokenBatch, add_metrics
 
 # (logprobs [n], entropies [n], the same tokens' weights and advantages) -> (sum of weighted token losses, metrics); the
@@ -40,24 +39,25 @@ def silent() -> None: ...
 
 
 class Scorer:
-    """A model's log-probs of given tokens; without gradients this is all that a reference needs."""
+    """A model's log-probs of given tokens (or whatever its head reads); without gradients all a reference needs."""
 
-    def __init__(self, model: ModelParts, vocab_size: int, mesh: Mesh, temperature: float):
-        self.model, self.vocab_size, self.mesh, self.temperature = model, vocab_size, mesh, temperature
+    def __init__(self, head: Head):
+        self.head, self.model, self.mesh = head, head.model, head.mesh
         # of log-probs and of what the objective multiplies them with: bf16 would round a loss weight by 0.4 %
-        self.dtype = torch.promote_types(model.config.params_dtype, torch.float32)
-        self._entry: Sequence[nn.Module] = list(model)  # what megatron's schedule calls
+        self.dtype = torch.promote_types(head.model.config.params_dtype, torch.float32)
+        self._entry: Sequence[nn.Module] = list(head.model)  # what megatron's schedule calls
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Microbatch], tick: Tick = silent) -> list[Tensor | None]:
         """`[T]` log-probs of each microbatch's targets, 0 where not trained; None on all but the last stage.
 
-        Under `sampling.temperature`, like every log-prob of the step: the policy is the tempered distribution.
+        Under `sampling.temperature`, like every log-prob of the step: the policy is the tempered distribution. A reward
+        model's are its scores.
         """
 
         def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
             rows = batch.loss_weights.nonzero().squeeze(1)
-            values, _ = vocab.logprobs_and_entropies(**self._head(hidden, batch, rows))
+            values = self.head.values(hidden, batch, rows)
             return torch.zeros_like(batch.loss_weights, dtype=values.dtype).index_copy(0, rows, values)
 
         found = self._run(batches, collect, tick, forward_only=True)
@@ -107,30 +107,13 @@ class Scorer:
         """What a mixture's routers are told of this rank's rows; a reference's choose for themselves."""
         return None
 
-    def _head(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> dict[str, Any]:
-        """What the vocab-parallel operators are given.  hidden [T or T / tp, 1, H]; rows [n]: the trained ones."""
-        return {
-            "hidden": hidden[:, 0],
-            "weight": self.model.output_weight(),
-            "targets": batch.targets[rows],
-            "rows": rows,
-            "vocab_size": self.vocab_size,
-            "group": self.mesh.tensor.group,
-            "sequence_parallel": self.model.config.sequence_parallel,
-            "temperature": self.temperature,
-            "kept": batch.kept,
-        }
-
 
 class Policy(Scorer):
     """The model that is trained: gradient buffers, optimizer and schedule around it."""
 
     def __init__(
         self,
-        model: ModelParts,
-        vocab_size: int,
-        mesh: Mesh,
-        temperature: float,
+        head: Head,
         settings: OptimizerConfig,
         num_steps: int,
         *,
@@ -139,9 +122,11 @@ class Policy(Scorer):
     ):
         """replays: updates choose a mixture's experts as the last `logprobs` of their microbatches did (Routing Replay,
         arXiv:2507.18071, section 5.3)."""
-        super().__init__(model, vocab_size, mesh, temperature)
+        super().__init__(head)
         self._replays, self._records, self._row_weight = replays, False, 0.0
-        self.buffers = self._entry = wrap_for_training(model, mesh, distributed=settings.distributed, overlap=overlap)
+        self.buffers = self._entry = wrap_for_training(
+            head.model, head.mesh, distributed=settings.distributed, overlap=overlap
+        )
         self.optimizer, self.scheduler = build_optimizer(self.buffers, settings, num_steps)
 
     def settled(self) -> ModelParts:
@@ -198,8 +183,7 @@ class Policy(Scorer):
             def report(total: Tensor, more: Metrics) -> None:  # in the backward
                 metrics.update(more, loss=Mean(total.double() / every_row, batch.rows / every_row))
 
-            head = self._head(hidden, batch, rows)
-            placeholder = vocab.one_sweep_loss(**head, objective=of_chunk, report=report)
+            placeholder = self.head.loss(hidden, batch, rows, of_chunk, report)
             return placeholder, torch.tensor(batch.rows, dtype=torch.int, device=placeholder.device), metrics
 
         self._row_weight = self._weight_of_rows(batches)

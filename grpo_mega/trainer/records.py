@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_mega.config import Recipe, load_recipe, to_yaml
+from grpo_mega.config.parallel import LAYOUT_KEYS
 from grpo_mega.data.balance import imbalance
 from grpo_mega.errors import ConfigError, GrpoMegaError, RunDirectoryError
 from grpo_mega.objective.advantages import is_degenerate
@@ -30,10 +31,7 @@ FREE_KEYS = {
     *(("sampling", key) for key in ("max_rows", "tensor", "pipeline", "expert", "expert_tensor")),
     *(("batch", key) for key in ("tokens_per_microbatch", "fixed_rows")),
     ("model", "recompute"),
-    *(
-        ("reference", key)
-        for key in ("tensor", "pipeline", "context", "expert", "expert_tensor", "sequence", "offload")
-    ),
+    *((section, key) for section in ("reference", "reward_models") for key in (*LAYOUT_KEYS, "offload")),
 }
 
 
@@ -255,7 +253,15 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     for section, values in now.items():
         if section in FREE_SECTIONS:
             continue
-        for key, value in values.items():
-            if (section, key) not in FREE_KEYS and before[section][key] != value:
-                found.append(f"{section}.{key}={before[section][key]!r}, this recipe says {value!r}")
+        was, values = _flat(section, before.get(section, {})), _flat(section, values)
+        for key in {**was, **values}:
+            if (section, key.rpartition(".")[2]) not in FREE_KEYS and was.get(key) != values.get(key):
+                found.append(f"{section}.{key}={was.get(key)!r}, this recipe says {values.get(key)!r}")
     return found
+
+
+def _flat(section: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of a section; of one with named entries, NAME.key."""
+    if section != "reward_models":
+        return values
+    return {f"{name}.{key}": value for name, entry in values.items() for key, value in entry.items()}

@@ -15,6 +15,7 @@ from grpo_mega.model.families import read_architecture
 from grpo_mega.model.offload import HostWeights
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh, another_layout
+from grpo_mega.trainer.heads import TokenHead
 from grpo_mega.trainer.policy import Scorer, Tick, silent
 from grpo_mega.types import Kept, Microbatch
 
@@ -27,7 +28,7 @@ def build_reference(recipe: Recipe, mesh: Mesh, tick: bridge.Tick = bridge.silen
     dtype = DTYPES[recipe.precision.reference or recipe.precision.dtype]
     with own.active():
         model = build_model(arch, own, layout, dtype=dtype, trainable=False, tick=tick)
-    scorer = Scorer(model, arch.vocab_size, own, recipe.sampling.temperature)
+    scorer = Scorer(TokenHead(model, arch.vocab_size, own, recipe.sampling.temperature))
     return Reference(scorer, mesh, offload=recipe.reference.offload)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,12 @@ from grpo_mega.rewards.resolve import Part, check_row, resolve_reward
 from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply, sampling_layout
+from grpo_mega.trainer.heads import TokenHead
 from grpo_mega.trainer.policy import Objective, Policy
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.records import RunDirectory
 from grpo_mega.trainer.reference import Reference, build_reference
+from grpo_mega.trainer.reward_model import Judge, RewardModel, build_reward_models, check_conversations, read_judges
 from grpo_mega.types import Metrics, Prompt, TokenBatch
 
 
@@ -44,6 +47,7 @@ class Inputs:
     heldout: list[Prompt]
     data: DataCounts
     reward: tuple[Part, ...]
+    judges: Mapping[str, Judge]
     directory: RunDirectory
     layers: tuple[int, ...]
 
@@ -57,6 +61,7 @@ class Run:
     mesh: Mesh
     policy: Policy
     reference: Reference | None
+    reward_models: Mapping[str, RewardModel]
     sampler: Sampler
     objective: Objective
     progress: Progress
@@ -75,6 +80,8 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     directory = RunDirectory(recipe)
     directory.check()
     prompts, heldout, counts = prompts_of(corpus, render, seed=recipe.run.seed)
+    judges = read_judges(recipe)
+    check_conversations(judges, [*prompts.everything(), *heldout])
     return Inputs(
         arch=arch,
         tokenizer=tokenizer,
@@ -82,6 +89,7 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         heldout=heldout,
         data=counts,
         reward=reward,
+        judges=judges,
         directory=directory,
         layers=layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout),
     )
@@ -94,10 +102,7 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         arch, mesh, recipe.parallel, dtype=dtype, recompute=recipe.model.recompute, moe=recipe.moe, tick=progress.tick
     )
     policy = Policy(
-        model,
-        arch.vocab_size,
-        mesh,
-        recipe.sampling.temperature,
+        TokenHead(model, arch.vocab_size, mesh, recipe.sampling.temperature),
         recipe.optimizer,
         recipe.run.num_steps,
         overlap=recipe.parallel.overlap,
@@ -107,8 +112,9 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         fine = bridge.tensors(model, arch, bridge.Place.of(mesh, inputs.layers), torch.float32)
         start_main_weights(policy.optimizer, fine)
     reference = build_reference(recipe, mesh, progress.tick) if recipe.grpo.kl_coef > 0 else None
+    reward_models = build_reward_models(recipe, inputs.judges, mesh)
     sampler = build_sampler(recipe, inputs, mesh, policy, progress)
-    return Run(recipe, inputs, mesh, policy, reference, sampler, objective_of(recipe), progress)
+    return Run(recipe, inputs, mesh, policy, reference, reward_models, sampler, objective_of(recipe), progress)
 
 
 def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, progress: Progress) -> Sampler:

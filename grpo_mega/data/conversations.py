@@ -1,0 +1,87 @@
+"""Conversations as a reward model reads them: token ids, the rows whose scores count, and samples that share prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grpo_mega.data.rows import Message
+from grpo_mega.data.tokenizer import ChatTokenizer
+from grpo_mega.errors import DataError
+from grpo_mega.types import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """An answered conversation in tokens, and the places [ascending] of those whose rows are scored."""
+
+    token_ids: tuple[int, ...]
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How one reward model reads. limit: the most tokens of a conversation; pad: config.json's pad_token_id, if any."""
+
+    tokenizer: ChatTokenizer
+    limit: int
+    pad: int | None = None
+
+    def whole(self, messages: Sequence[Message], answer: str) -> Reading:
+        """The score of an answer is read at the last token that is no padding, as transformers' classifiers do.
+
+        Raises DataError for a conversation that is too long, or that the tokenizer's template refuses.
+        """
+        ids = self._ids(messages, answer)
+        last = next((place for place in reversed(range(len(ids))) if ids[place] != self.pad), 0)
+        return Reading(ids[: last + 1], (last,))
+
+    def _ids(self, messages: Sequence[Message], answer: str) -> tuple[int, ...]:
+        ids = self.tokenizer.conversation_ids(messages, answer)
+        if not ids:
+            raise DataError("the conversation has no tokens, so that there is nothing to score")
+        if len(ids) > self.limit:
+            raise DataError(f"the conversation has {len(ids)} tokens, more than the {self.limit} of the reward model")
+        return ids
+
+
+def samples_of(readings: Sequence[tuple[int, int, Reading]]) -> list[Sample]:
+    """Samples whose trained rows are those that the readings score. readings: (order, group, reading), groups in runs.
+
+    The row that reads a token is the one that would predict the next: a token more, which no row reads, stands at the
+    end for the sake of the last one. Readings of one group share the tokens that all of them begin with, up to the
+    first that is scored. `advantage` is the reading's order, by which its scores are known again in a microbatch (exact
+    in float32 below 2^24).
+    """
+    runs: dict[int, list[Reading]] = {}
+    for _, group, reading in readings:
+        runs.setdefault(group, []).append(reading)
+    shared = {group: _common(several) for group, several in runs.items()}
+    return [_sample(order, group, reading, shared[group]) for order, group, reading in readings]
+
+
+def _common(readings: Sequence[Reading]) -> int:
+    """How many tokens all of them begin with; the row of a scored token stays each one's own."""
+    first = readings[0].token_ids
+    length = min(reading.places[0] + 1 for reading in readings)
+    for reading in readings[1:]:
+        while first[:length] != reading.token_ids[:length]:
+            length = next(n for n in range(length) if first[n] != reading.token_ids[n])
+    return max(1, length)
+
+
+def _sample(order: int, group: int, reading: Reading, prompt_tokens: int) -> Sample:
+    count = len(reading.token_ids) + 1
+    mask = [False] * count
+    for place in reading.places:
+        mask[place + 1] = True
+    return Sample(
+        order=order,
+        group=group,
+        prompt_tokens=prompt_tokens,
+        token_ids=(*reading.token_ids, 0),
+        loss_mask=tuple(mask),
+        sampler_logprobs=(0.0,) * count,
+        advantage=float(order),
+        weight=1.0,
+    )

@@ -1,0 +1,138 @@
+"""Reward models in the loop: each a frozen scorer of its own layout, asked once a step for all completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_mega.config import Recipe
+from grpo_mega.config.reward_model import RewardModelConfig
+from grpo_mega.data.conversations import Reader, Reading, samples_of
+from grpo_mega.data.tokenizer import check_vocabulary, load_tokenizer
+from grpo_mega.errors import DataError
+from grpo_mega.model.architecture import Architecture
+from grpo_mega.model.build import DTYPES, build_model
+from grpo_mega.model.families import read_scored
+from grpo_mega.parallel import collectives
+from grpo_mega.parallel.mesh import Mesh, another_layout
+from grpo_mega.rewards.score import Outcome
+from grpo_mega.trainer.batches import equalize, pair_cost_of
+from grpo_mega.trainer.check import judging_layout
+from grpo_mega.trainer.heads import ScoreHead
+from grpo_mega.trainer.policy import Scorer, Tick, silent
+from grpo_mega.trainer.reference import Reference
+from grpo_mega.types import Completion, Microbatch, Prompt
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is known of a reward model before any rank waits for another: its recipe's words, shape and tokenizer."""
+
+    name: str
+    config: RewardModelConfig
+    arch: Architecture
+    reader: Reader
+
+
+def read_judges(recipe: Recipe) -> dict[str, Judge]:
+    """The recipe's reward models, without their weights. Raises GrpoMegaError."""
+    judges = {}
+    for name, config in recipe.reward_models.items():
+        section, arch = f"reward_models.{name}", read_scored(config.path)
+        tokenizer = load_tokenizer(config.path, config.tokenizer, section=section)
+        check_vocabulary(tokenizer, config.tokenizer or config.path, arch.vocab_size)
+        limit = min(arch.context_length, config.max_tokens or arch.context_length)
+        judges[name] = Judge(name, config, arch, Reader(tokenizer, limit, arch.raw.get("pad_token_id")))
+    return judges
+
+
+def check_conversations(judges: Mapping[str, Judge], prompts: Sequence[Prompt]) -> None:
+    """Raise DataError, naming the model, for prompts that its tokenizer has no way to put into a conversation."""
+    for judge in judges.values():
+        # a template is a program that is wrong for all or for few: one rendering finds the former; without one, a
+        # prompt of several messages is refused
+        for prompt in prompts if judge.reader.tokenizer.chat_template is None else prompts[:1]:
+            try:
+                judge.reader.tokenizer.conversation_ids(prompt.messages, "x")
+            except DataError as error:
+                raise DataError(f"reward_models.{judge.name} cannot read {prompt.text[:60]!r}: {error}") from None
+
+
+def build_reward_models(
+    recipe: Recipe, judges: Mapping[str, Judge], mesh: Mesh, tick: Tick = silent
+) -> dict[str, RewardModel]:
+    """Load them beside a policy on `mesh`; every rank must call."""
+    return {name: RewardModel(judge, recipe, mesh) for name, judge in judges.items()}
+
+
+class RewardModel:
+    """A reward model as whoever trains on `mesh` asks it, whatever mesh it is on itself and wherever its weights wait.
+
+    The value of a completion is the score s at the end of the conversation (one label), or sigma(s), the probability
+    of "yes", where the model has two labels, no and yes, and s is their log-odds.
+    """
+
+    def __init__(self, judge: Judge, recipe: Recipe, mesh: Mesh):
+        """Every rank must call."""
+        config, arch, training = judge.config, judge.arch, recipe.parallel
+        layout = judging_layout(config, training, arch)
+        own = mesh if layout.sizes == training.sizes else another_layout(mesh, **layout.sizes)
+        dtype = DTYPES[config.dtype or recipe.precision.dtype]
+        with own.active():
+            model = build_model(arch, own, layout, dtype=dtype, trainable=False)
+        scorer = Scorer(ScoreHead(model, own))
+        self._scorer, self._dtype = Reference(scorer, mesh, offload=config.offload), scorer.dtype
+        self._judge, self._mesh, self._multiple = judge, mesh, layout.row_multiple
+        self._capacity = recipe.batch.tokens_per_microbatch
+
+    def outcomes(self, pairs: Sequence[tuple[Prompt, Completion]], tick: Tick = silent) -> list[Outcome]:
+        """The value of each of this data rank's completions, or why it has none: too long for the model, say.
+
+        Every rank must call; all ranks of a replica, and its context ranks, with the same pairs, and get the same.
+        """
+        read: list[tuple[int, int, Reading]] = []
+        found: list[Outcome] = []
+        for order, (prompt, completion) in enumerate(pairs):
+            try:
+                read.append((order, prompt.index, self._judge.reader.whole(prompt.messages, completion.text)))
+                found.append((None, "no score"))
+            except DataError as error:
+                found.append((None, f"DataError: {error}"))
+        batches = equalize(
+            samples_of(read),
+            1,
+            self._capacity,
+            self._mesh,
+            self._dtype,
+            also=self._multiple,
+            pair_cost=pair_cost_of(self._judge.arch),
+        )
+        scores = scores_by_order(batches, self._scorer.logprobs(batches, tick), self._mesh)
+        for order, several in scores.items():
+            found[order] = (value_of(several[-1], self._judge.arch.labels), None)
+        return found
+
+
+def value_of(score: float, labels: int) -> float:
+    """What a score is worth as a reward: itself, or of two labels the probability of the second."""
+    return score if labels == 1 else float(torch.tensor(score, dtype=torch.float64).sigmoid())
+
+
+def scores_by_order(
+    batches: Sequence[Microbatch], values: Sequence[Tensor | None], mesh: Mesh
+) -> dict[int, list[float]]:
+    """Of each reading (see `samples_of`), its scores in the order of its places.
+
+    values: [T] of each microbatch on the last stages, None elsewhere; the answer is there on every rank that has the
+    microbatches. Every rank must call.
+    """
+    found: dict[int, list[float]] = {}
+    for batch, value in zip(batches, values, strict=True):
+        if value is not None:
+            rows = batch.loss_weights.nonzero().squeeze(1)
+            for order, score in zip(batch.advantages[rows].long().tolist(), value[rows].tolist(), strict=True):
+                found.setdefault(order, []).append(score)
+    return collectives.broadcast_object(found, mesh.pipeline.group, mesh.pipeline.size - 1)
