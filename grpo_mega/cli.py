@@ -1,4 +1,5 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `report`, `selftest`, `convert`.
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `reward` alike, `report`, `selftest`,
+`convert`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
 A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
@@ -10,12 +11,16 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import lcm
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import GrpoMegaError
+
+if TYPE_CHECKING:
+    from grpo_mega.config.reward_training import RewardRecipe
 
 LAUNCHER_SECONDS = 2.0  # a launcher needs to see that a rank has failed and to end the others
 
@@ -33,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
     parser, commands = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if options.command != "train" and overrides:
+    if options.command not in ("train", "reward") and overrides:
         commands[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         if options.command == "selftest":
@@ -50,6 +55,8 @@ def run(arguments: Sequence[str]) -> int:
             return _convert(options, arguments)
         if options.command == "report":
             return _report(options.directory)
+        if options.command == "reward":
+            return _train_reward(options.recipe, overrides, options.ranks, arguments)
         return _train(options.recipe, overrides, options.ranks, arguments)
     except GrpoMegaError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
@@ -71,8 +78,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         description="Train a policy by GRPO. Any recipe key can be given as --section.key value.",
         allow_abbrev=False,
     )
-    train.add_argument("recipe", help="a YAML file")
-    train.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
+    reward = commands.add_parser(
+        "reward",
+        help="train a reward model from preferences or labels",
+        description="Train a reward model from {prompt, chosen, rejected} or {prompt, completion, label}. Any recipe "
+        "key can be given as --section.key value.",
+        allow_abbrev=False,
+    )
+    for command in (train, reward):
+        command.add_argument("recipe", help="a YAML file")
+        command.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
     report = commands.add_parser(
         "report",
         help="summarise a run directory",
@@ -97,7 +112,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "and logits of both sides are compared; what differs is not published (exit code 1).",
     )
     _add_convert(convert)
-    return parser, {"train": train, "report": report, "selftest": check, "convert": convert}
+    return parser, {"train": train, "reward": reward, "report": report, "selftest": check, "convert": convert}
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -155,16 +170,63 @@ def ranks_to_fill(recipe: Recipe) -> int:
     return max(1, min(local_devices(), replica * recipe.batch.prompts_per_step, replica * fit) // whole) * whole
 
 
+def reward_ranks_to_fill(recipe: RewardRecipe) -> int:
+    """As `ranks_to_fill`, of a reward model: between one replica and one a row of a step, 16 bytes a parameter."""
+    from grpo_mega.model.families import read_trunk
+    from grpo_mega.parallel.device import free_memory_bytes, local_devices
+
+    arch, _ = read_trunk(recipe.model.path)
+    parameters = arch.num_layers * arch.layer_parameters + arch.hidden_size * arch.vocab_size
+    replica = recipe.parallel.replica
+    fit = free_memory_bytes() // (16 * parameters + (3 << 30))
+    return max(1, min(local_devices(), replica * recipe.batch.examples_per_step, replica * fit) // replica) * replica
+
+
 def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
     recipe = load_recipe(path, overrides)
+
+    def work() -> None:
+        from grpo_mega.trainer.main import train
+
+        train(recipe)
+
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_cheaply
+
+        check_cheaply(recipe, count)
+
+    return _on_ranks(work, check, lambda: ranks_to_fill(recipe) if ranks is None else ranks, arguments)
+
+
+def _train_reward(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
+    from grpo_mega.config.loading import load_as
+    from grpo_mega.config.reward_training import RewardRecipe
+
+    recipe = load_as(RewardRecipe, path, overrides)
+
+    def work() -> None:
+        from grpo_mega.trainer.reward_main import train_reward
+
+        train_reward(recipe)
+
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_reward
+
+        check_reward(recipe, count)
+
+    return _on_ranks(work, check, lambda: reward_ranks_to_fill(recipe) if ranks is None else ranks, arguments)
+
+
+def _on_ranks(
+    work: Callable[[], None], check: Callable[[int], None], ranks: Callable[[], int], arguments: Sequence[str]
+) -> int:
+    """Do a rank's work under a launcher; without one, check what can be checked and be the launcher."""
     if "RANK" in os.environ:
         from grpo_mega.parallel.device import quiet_megatron
 
         quiet_megatron()
-        from grpo_mega.trainer.main import train
-
         try:
-            train(recipe)
+            work()
         except RuntimeError:
             # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
             # and is to be quicker than a traceback that explains nothing
@@ -172,10 +234,8 @@ def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Se
             raise
         return 0
     from grpo_mega.parallel.launch import start_ranks
-    from grpo_mega.trainer.check import check_cheaply
 
-    if ranks is None:
-        ranks = ranks_to_fill(recipe)
-    check_cheaply(recipe, ranks)
-    print(f"grpo_mega: starting {ranks} ranks; torch and megatron-core take some seconds to load", flush=True)
-    return start_ranks(ranks, ["-m", "grpo_mega", *arguments])
+    count = ranks()
+    check(count)
+    print(f"grpo_mega: starting {count} ranks; torch and megatron-core take some seconds to load", flush=True)
+    return start_ranks(count, ["-m", "grpo_mega", *arguments])

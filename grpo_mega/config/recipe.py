@@ -131,6 +131,17 @@ class RunConfig(Section):
     evaluate_every: NonNegative = 0  # 0: only before and after
 
 
+def check_schedule(optimizer: OptimizerConfig, run: RunConfig) -> None:
+    """Raise ValueError for a learning rate that the run's steps cannot follow."""
+    if optimizer.warmup_steps > run.num_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds run.num_steps={run.num_steps}; warm up for fewer "
+            "steps"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}; lower min_lr")
+
+
 class Recipe(Section):
     model: ModelConfig
     reference: ReferenceConfig = ReferenceConfig()
@@ -148,9 +159,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _across_sections(self) -> Recipe:
-        warmup, steps = self.optimizer.warmup_steps, self.run.num_steps
-        if warmup > steps:
-            raise ValueError(f"optimizer.warmup_steps={warmup} exceeds run.num_steps={steps}; warm up for fewer steps")
+        check_schedule(self.optimizer, self.run)
         if self.grpo.group_size > self.sampling.max_rows:
             raise ValueError(
                 f"grpo.group_size={self.grpo.group_size} exceeds sampling.max_rows={self.sampling.max_rows}, the rows "
@@ -163,10 +172,6 @@ class Recipe(Section):
                     f"reference.{key}={shown} would never be used with grpo.kl_coef=0; leave it out, or give the KL "
                     "term a weight"
                 )
-        if self.optimizer.min_lr > self.optimizer.lr:
-            raise ValueError(
-                f"optimizer.min_lr={self.optimizer.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower min_lr"
-            )
         if self.moe.routing_replay and self.grpo.num_iterations == self.batch.minibatches == 1:
             raise ValueError(
                 "moe.routing_replay=true would never be used with grpo.num_iterations=1 and batch.minibatches=1, where "

@@ -1,4 +1,4 @@
-"""Conversations as a reward model reads them: token ids, the rows whose scores count, and samples that share prompts."""
+"""Conversations as a reward model reads them: token ids, the rows whose scores count, samples that share prompts."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class Reader:
 
 
 def samples_of(readings: Sequence[tuple[int, int, Reading]]) -> list[Sample]:
-    """Samples whose trained rows are those that the readings score. readings: (order, group, reading), groups in runs.
+    """Samples whose trained rows are those that the readings score. readings: (slot, group, reading), groups in runs.
 
     The row that reads a token is the one that would predict the next: a token more, which no row reads, stands at the
     end for the sake of the last one. Readings of one group share the tokens that all of them begin with, up to the
-    first that is scored. `advantage` is the reading's order, by which its scores are known again in a microbatch (exact
-    in float32 below 2^24).
+    first that is scored. `advantage` is the reading's slot, the number of its first score, by which scores are known
+    again in a microbatch (exact in float32 below 2^24); those of its further places follow.
     """
     runs: dict[int, list[Reading]] = {}
     for _, group, reading in readings:
         runs.setdefault(group, []).append(reading)
     shared = {group: _common(several) for group, several in runs.items()}
-    return [_sample(order, group, reading, shared[group]) for order, group, reading in readings]
+    return [_sample(slot, group, reading, shared[group]) for slot, group, reading in readings]
 
 
 def _common(readings: Sequence[Reading]) -> int:
@@ -70,18 +70,18 @@ def _common(readings: Sequence[Reading]) -> int:
     return max(1, length)
 
 
-def _sample(order: int, group: int, reading: Reading, prompt_tokens: int) -> Sample:
+def _sample(slot: int, group: int, reading: Reading, prompt_tokens: int) -> Sample:
     count = len(reading.token_ids) + 1
     mask = [False] * count
     for place in reading.places:
         mask[place + 1] = True
     return Sample(
-        order=order,
+        order=slot,
         group=group,
         prompt_tokens=prompt_tokens,
         token_ids=(*reading.token_ids, 0),
         loss_mask=tuple(mask),
         sampler_logprobs=(0.0,) * count,
-        advantage=float(order),
+        advantage=float(slot),
         weight=1.0,
     )

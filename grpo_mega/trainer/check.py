@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from grpo_mega.config import ParallelConfig, Recipe
 from grpo_mega.config.reward_model import RewardModelConfig
+from grpo_mega.config.reward_training import RewardRecipe
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture, check_experts, check_layout
-from grpo_mega.model.families import read_architecture, read_scored
+from grpo_mega.model.families import read_architecture, read_scored, read_trunk
 from grpo_mega.model.layout import layers_per_stage, nearest_layouts
 from grpo_mega.parallel.mesh import check_world
 
@@ -61,7 +62,13 @@ def _check_mixture(arch: Architecture, recipe: Recipe) -> None:
                 f"moe.{key}={value} is about a mixture of experts, and {arch.folder} is a "
                 f"{arch.raw['architectures'][0]}, which has none; leave it out"
             )
-    elif parallel.tensor > 1 and not parallel.sequence:
+    else:
+        check_mixture_rows(arch, parallel)
+
+
+def check_mixture_rows(arch: Architecture, parallel: ParallelConfig) -> None:
+    """Raise ConfigError where megatron would refuse to train the mixture."""
+    if arch.num_experts and parallel.tensor > 1 and not parallel.sequence:
         raise ConfigError(
             f"parallel.tensor={parallel.tensor} without parallel.sequence sends every row of a mixture of experts once "
             "for each tensor rank, which megatron refuses in training; set parallel.sequence=true"
@@ -79,6 +86,15 @@ def sampling_layout(recipe: Recipe) -> ParallelConfig:
             update={"context": 1}
         )  # its ranks hold whole models: they sample prompts of their own
     return ParallelConfig(**own_sizes)
+
+
+def check_reward(recipe: RewardRecipe, world_size: int) -> Architecture:
+    """What can be refused within a second: the model folder, the layout, the world. Raises ConfigError."""
+    arch, _ = read_trunk(recipe.model.path)
+    check_parallel(arch, recipe.parallel, world_size)
+    check_mixture_rows(arch, recipe.parallel)
+    layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout)
+    return arch
 
 
 def judging_layout(config: RewardModelConfig, training: ParallelConfig, arch: Architecture) -> ParallelConfig:

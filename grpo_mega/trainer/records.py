@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_mega.config import Recipe, load_recipe, to_yaml
+from grpo_mega.config import Recipe, to_yaml
+from grpo_mega.config.loading import load_as
 from grpo_mega.config.parallel import LAYOUT_KEYS
+from grpo_mega.config.reward_training import RewardRecipe
 from grpo_mega.data.balance import imbalance
 from grpo_mega.errors import ConfigError, GrpoMegaError, RunDirectoryError
 from grpo_mega.objective.advantages import is_degenerate
@@ -76,7 +78,7 @@ class RunDirectory:
     What can be written no more is a RunDirectoryError, raised before anything half-written has a name that counts.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe | RewardRecipe):
         self.recipe = recipe
         self.path = Path(recipe.run.directory)
         self.checkpoints = self.path / "checkpoints"
@@ -94,7 +96,7 @@ class RunDirectory:
             reason = "it is a file" if self.path.is_file() else error.strerror
             raise ConfigError(f"run.directory={self.path} cannot be used ({reason}); choose another") from None
         if existing.exists():
-            for change in _differences(load_recipe(existing).model_dump(), self.recipe.model_dump()):
+            for change in _differences(load_as(type(self.recipe), existing).model_dump(), self.recipe.model_dump()):
                 raise ConfigError(
                     f"run.directory={self.path} holds a run with {change}; use another run.directory, or go on with "
                     "the settings it began with"
@@ -140,9 +142,13 @@ class RunDirectory:
 
     def write_evaluation(self, step: int, reward: float) -> None:
         """A line of evaluations.jsonl and a point of the curve that lies over the training reward's."""
+        self.write_heldout(step, {"reward": reward})
+
+    def write_heldout(self, step: int, values: Mapping[str, float]) -> None:
+        """The same of whatever is measured on held-out data."""
         with writing(self.path):
-            self._append("evaluations.jsonl", {"step": step, "reward": reward})
-            self._curves["evaluation"].add(step, {"metrics/reward": reward})
+            self._append("evaluations.jsonl", {"step": step, **values})
+            self._curves["evaluation"].add(step, {f"metrics/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
         """Every line is on disk already: what remains is to let go of the curves' files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -110,9 +111,9 @@ class RewardModel:
             also=self._multiple,
             pair_cost=pair_cost_of(self._judge.arch),
         )
-        scores = scores_by_order(batches, self._scorer.logprobs(batches, tick), self._mesh)
-        for order, several in scores.items():
-            found[order] = (value_of(several[-1], self._judge.arch.labels), None)
+        scores = scores_by_slot(batches, self._scorer.logprobs(batches, tick), self._mesh)
+        for order, score in scores.items():
+            found[order] = (value_of(score, self._judge.arch.labels), None)
         return found
 
 
@@ -121,18 +122,25 @@ def value_of(score: float, labels: int) -> float:
     return score if labels == 1 else float(torch.tensor(score, dtype=torch.float64).sigmoid())
 
 
-def scores_by_order(
-    batches: Sequence[Microbatch], values: Sequence[Tensor | None], mesh: Mesh
-) -> dict[int, list[float]]:
-    """Of each reading (see `samples_of`), its scores in the order of its places.
+def slots_of(batch: Microbatch) -> tuple[Tensor, list[int]]:
+    """The scored rows [n] of a microbatch, and the number of each one's score: see `samples_of`."""
+    rows, slots = batch.loss_weights.nonzero().squeeze(1), list[int]()
+    seen: Counter[int] = Counter()
+    for first in batch.advantages[rows].long().tolist():
+        slots.append(first + seen[first])
+        seen[first] += 1
+    return rows, slots
+
+
+def scores_by_slot(batches: Sequence[Microbatch], values: Sequence[Tensor | None], mesh: Mesh) -> dict[int, float]:
+    """The scores of these microbatches by their numbers.
 
     values: [T] of each microbatch on the last stages, None elsewhere; the answer is there on every rank that has the
     microbatches. Every rank must call.
     """
-    found: dict[int, list[float]] = {}
+    found: dict[int, float] = {}
     for batch, value in zip(batches, values, strict=True):
         if value is not None:
-            rows = batch.loss_weights.nonzero().squeeze(1)
-            for order, score in zip(batch.advantages[rows].long().tolist(), value[rows].tolist(), strict=True):
-                found.setdefault(order, []).append(score)
+            rows, slots = slots_of(batch)
+            found.update(zip(slots, value[rows].tolist(), strict=True))
     return collectives.broadcast_object(found, mesh.pipeline.group, mesh.pipeline.size - 1)

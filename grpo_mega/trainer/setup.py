@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,9 +47,9 @@ class Inputs:
     heldout: list[Prompt]
     data: DataCounts
     reward: tuple[Part, ...]
-    judges: Mapping[str, Judge]
     directory: RunDirectory
     layers: tuple[int, ...]
+    judges: Mapping[str, Judge] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,17 @@ def read_scored(folder: str | Path) -> Architecture:
     return scored_architecture_of(_read_json(folder), folder)
 
 
+def read_trunk(folder: str | Path) -> tuple[Architecture, Architecture | None]:
+    """(a reward model's architecture, None) of its folder; of a language model's, the reward model's that is to be made
+    of it, and its own. Raises ConfigError."""
+    folder = Path(folder)
+    raw = _read_json(folder)
+    if (raw.get("architectures") or [None])[0] not in FAMILIES:
+        return scored_architecture_of(raw, folder), None
+    language_model = architecture_of(raw, folder)
+    return scored_architecture_of(scored_config(language_model), folder), language_model
+
+
 def scored_architecture_of(raw: dict[str, Any], folder: Path) -> Architecture:
     """`read_scored` from the file's content; `folder`: whose it is."""
     names = raw.get("architectures") or ["nothing"]
