@@ -14,6 +14,7 @@ setup(
     description="GRPO on megatron-core: how you shard it never changes what you compute",
     license="Apache-2.0",
     packages=find_packages(include=["grpo_mega", "grpo_mega.*"]),
+    package_data={"grpo_mega.config.presets": ["*.yaml"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<3",

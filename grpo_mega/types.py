@@ -11,7 +11,7 @@ temperature included), `old_` (the policy when the step began), `ref_` (the froz
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -66,6 +66,9 @@ class Rollout:
     empty where no function was asked (`reward.truncated: penalize`).
     `counts` is False when the completion must not take part in the loss (cut by the length limit under
     `reward.truncated: mask`): it keeps its reward in the group's statistics and gets no loss weight.
+    `steps` are (index of its last token, its reward) of each reasoning step, under process supervision alone; `reward`
+    is then for people: what the parts' means over the steps add up to.
+    `advantage` is of every token, or one a token; None until all groups of the step are known (`data/advantages`).
     """
 
     completion: Completion
@@ -73,6 +76,8 @@ class Rollout:
     error: str | None = None
     counts: bool = True
     parts: tuple[tuple[str, float | None], ...] = ()
+    steps: tuple[tuple[int, float], ...] = ()
+    advantage: float | tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,7 @@ class Sample:
 
     `loss_mask[i]` is True where `token_ids[i]` is a completion token that is trained on. `weight` is w_t of the
     normalization (the same for every trained token of a sequence), not yet divided by the global denominator.
+    `advantage` is of every completion token, or one a completion token, trained or not.
     `order` is the sample's place in the step's global order, which no layout changes; `group` is its prompt's. Samples
     of one group begin with the same `prompt_tokens` tokens, none of them trained. `kept` is the completion's.
     """
@@ -99,12 +105,17 @@ class Sample:
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     sampler_logprobs: tuple[float, ...]
-    advantage: float
+    advantage: float | tuple[float, ...]
     weight: float
     kept: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any token's advantage is not 0."""
+        return any(self.advantage) if isinstance(self.advantage, tuple) else self.advantage != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +154,7 @@ class Microbatch:
     old_logprobs, ref_logprobs                      [T] float or None while not computed (None: not needed)
     cu_seqlens                                      [S + 1] int32
     prefixes                                        S ints: a segment's number, or -1
+    orders                                          S ints: its sample's place in the step, -1 of a prompt's segment
     kept                                            None, or the tokens that each trained row was drawn from; its rows
                                                     are counted among the trained ones (loss_weights != 0)
     routes                                          {layer: [rows of this rank, k] int64}: the experts that the pass for
@@ -158,6 +170,7 @@ class Microbatch:
     sampler_logprobs: Tensor
     cu_seqlens: Tensor
     prefixes: tuple[int, ...]
+    orders: tuple[int, ...] = ()
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     kept: Kept | None = None
@@ -191,6 +204,32 @@ class Microbatch:
         ).at(rows)
 
 
+def _all(sums: Tensor) -> Tensor:
+    return sums
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Which sequence each of n tokens belongs to, and sums over whole sequences wherever their tokens lie.
+
+    ids [n] int64 in [0, count): a token's sequence. total: sums [count] over these tokens -> over all tokens of those
+    sequences, differentiable; where context-parallel ranks hold parts of a sequence it adds over them (every one of
+    them must call), and by default these tokens are all there are.
+    """
+
+    ids: Tensor
+    count: int
+    total: Callable[[Tensor], Tensor] = _all
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[n] -> [n]: each token gets the sum of `values` over its whole sequence. Differentiable."""
+        return self.total(values.new_zeros(self.count).index_add(0, self.ids, values))[self.ids]
+
+    def means(self, values: Tensor) -> Tensor:
+        """[n] -> [n]: each token gets the mean of `values` over the tokens of its sequence. Differentiable."""
+        return self.sums(values) / self.sums(torch.ones_like(values, requires_grad=False))
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """The trained tokens of a microbatch, `[n]` each, aligned with their log-probs: all that an objective sees."""
@@ -200,9 +239,10 @@ class TokenBatch:
     sampler_logprobs: Tensor
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
+    segments: Segments | None = None  # their sequences, where all tokens of the microbatch's come at once
 
     def at(self, where: slice | Tensor) -> TokenBatch:
-        """Some of the tokens: a run of them, or those of an index [n] int64."""
+        """Some of the tokens: a run of them, or those of an index [n] int64. Their sequences are no longer whole."""
         return TokenBatch(
             loss_weights=self.loss_weights[where],
             advantages=self.advantages[where],

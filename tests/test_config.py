@@ -173,7 +173,7 @@ def test_what_an_override_must_not_say(load, overrides, message):
 
 
 def test_every_problem_is_told_at_once(load):
-    message = refused(load, LEAST + "grpo: {group_size: 1, clip_low: 2}\nbatch: {minibatches: 0}\n")
+    message = refused(load, LEAST + "grpo: {group_size: 0, clip_low: 2}\nbatch: {minibatches: 0}\n")
     assert [part.split("=")[0] for part in message.split("; ") if "=" in part] == [
         "grpo.group_size",
         "grpo.clip_low",
@@ -205,7 +205,8 @@ def test_a_reward_is_one_function_or_parts(load):
     assert list(load().reward.all_parts) == ["exact"]
     own = load(LEAST + "reward: {function: 'my:score', options: {scale: 2}, batch: true}\n").reward.all_parts
     assert {name: part.model_dump() for name, part in own.items()} == {
-        "my:score": {"function": "my:score", "model": None, "weight": 1.0, "options": {"scale": 2}, "batch": True}
+        "my:score": {"function": "my:score", "weight": 1.0, "options": {"scale": 2}, "batch": True}
+        | {"model": None, "per_step": False}
     }
     recipe = load(
         LEAST + "reward:\n  parts:\n    right: {function: math_verify, weight: 2}\n    tags: {function: format}\n",

@@ -175,13 +175,12 @@ class Data:
         self.weights = torch.full((tokens,), 1.0 / tokens, device=device)
 
     def loss(self, logprobs, entropies, where=slice(None)):
-        from grpo_mega.objective.grpo import grpo_loss
+        from grpo_mega.objective.grpo import Terms, grpo_loss
+        from grpo_mega.types import TokenBatch
 
         old = self.old[where]
-        return grpo_loss(
-            logprobs, entropies, old_logprobs=old, ref_logprobs=old, advantages=self.advantages[where],
-            loss_weights=self.weights[where], sampler_logprobs=old, clip_low=0.2, clip_high=0.2, kl_coef=0.04,
-        )  # fmt: skip
+        tokens = TokenBatch(self.weights[where], self.advantages[where], old, old_logprobs=old, ref_logprobs=old)
+        return grpo_loss(logprobs, entropies, tokens, Terms())
 
 
 def way(contender: str, x, weight, data: Data, group, vocabulary: int):

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from grpo_mega.config.base import Section, nearest
+from grpo_mega.config.presets import expand
 from grpo_mega.config.recipe import Recipe
 from grpo_mega.errors import ConfigError
 
@@ -50,7 +51,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """A Recipe from nested dicts; every problem found is listed in one ConfigError."""
+    """A Recipe from nested dicts, presets included; every problem found is listed in one ConfigError."""
     return validate_as(Recipe, tree, origin)
 
 
@@ -77,6 +78,9 @@ def load_as(schema: type[Schema], path: str | Path, overrides: Sequence[str] = (
     _check_sections(tree, str(path), schema)
     for key, value in _parse_overrides(overrides, schema):
         section, _, name = key.partition(".")
+        if key == "preset" and schema is Recipe:
+            tree[key] = value
+            continue
         if section not in schema.model_fields:
             raise ConfigError(f"--{key} names no recipe section{nearest(section, schema.model_fields)}")
         if not name:
@@ -92,6 +96,8 @@ def load_as(schema: type[Schema], path: str | Path, overrides: Sequence[str] = (
 
 def validate_as(schema: type[Schema], tree: dict[str, Any], origin: str = "recipe") -> Schema:
     """A command's recipe from nested dicts; see `validate_recipe`."""
+    if schema is Recipe:
+        tree = expand(tree, origin)
     try:
         return schema.model_validate({key: {} if value is None else value for key, value in tree.items()})
     except ValidationError as error:
@@ -100,6 +106,8 @@ def validate_as(schema: type[Schema], tree: dict[str, Any], origin: str = "recip
 
 def _check_sections(tree: dict[Any, Any], origin: str, schema: type[Section]) -> None:
     for section, value in tree.items():
+        if section == "preset" and schema is Recipe:
+            continue
         if section not in schema.model_fields:
             raise ConfigError(f"{origin}: unknown section {section!r}{nearest(str(section), schema.model_fields)}")
         if value is not None and not isinstance(value, dict):

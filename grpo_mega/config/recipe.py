@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from grpo_mega.config.base import Counts, Name, NonNegative, Positive, Section
 from grpo_mega.config.data import DataConfig
+from grpo_mega.config.grpo import PER_STEP, GrpoConfig
 from grpo_mega.config.parallel import OwnLayoutConfig, ParallelConfig
 from grpo_mega.config.reward import RewardConfig
 from grpo_mega.config.reward_model import RewardModelConfig
@@ -23,6 +24,10 @@ class ModelConfig(Section):
 class ReferenceConfig(OwnLayoutConfig):
     section: ClassVar[str] = "reference."
     path: str | None = None  # frozen reference; default: the policy's first weights
+    enabled: bool = True  # false: none is ever loaded, and a KL term is refused
+    # iterative GRPO (DeepSeekMath, algorithm 1): before every so many steps the reference becomes the policy; 0: never.
+    # What it became is kept under run.directory/references, for runs that resume
+    refresh_every: NonNegative = 0
 
 
 class MoeConfig(Section):
@@ -73,25 +78,6 @@ class SamplingConfig(Section):
     pipeline: Positive | None = None
     expert: Positive | None = None
     expert_tensor: Positive | None = None
-
-
-class GrpoConfig(Section):
-    group_size: int = 8
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Annotated[float, Field(gt=0)] = 0.2
-    kl_coef: Annotated[float, Field(ge=0)] = 0.04
-    num_iterations: Positive = 1  # the paper's mu
-    normalization: Literal["sequence", "group_token", "token", "constant"] = "sequence"
-
-    @field_validator("group_size")
-    @classmethod
-    def _group(cls, value: int) -> int:
-        if value < 2:
-            raise ValueError(
-                "leaves nothing to compare a completion with: the standard deviation of a group of one is "
-                "undefined; use 2 or more (DeepSeekMath uses 64)"
-            )
-        return value
 
 
 class BatchConfig(Section):
@@ -165,8 +151,17 @@ class Recipe(Section):
                 f"grpo.group_size={self.grpo.group_size} exceeds sampling.max_rows={self.sampling.max_rows}, the rows "
                 "decoded together; raise max_rows, since a group is sampled as one"
             )
+        if self.grpo.kl_coef > 0 and not self.reference.enabled:
+            raise ValueError(
+                f"grpo.kl_coef={self.grpo.kl_coef} needs the reference that reference.enabled=false turns off; set "
+                "grpo.kl_coef=0, or leave reference.enabled out"
+            )
         for key, value in self.reference:
-            if self.grpo.kl_coef == 0 and value not in (None, ReferenceConfig.model_fields[key].default):
+            if (
+                key != "enabled"
+                and self.grpo.kl_coef == 0
+                and value not in (None, ReferenceConfig.model_fields[key].default)
+            ):
                 shown = str(value).lower() if isinstance(value, bool) else value
                 raise ValueError(
                     f"reference.{key}={shown} would never be used with grpo.kl_coef=0; leave it out, or give the KL "
@@ -177,9 +172,40 @@ class Recipe(Section):
                 "moe.routing_replay=true would never be used with grpo.num_iterations=1 and batch.minibatches=1, where "
                 "the one update is by the policy that sampled; leave it out, or update more than once a step"
             )
+        self._check_old_logprobs()
+        self._check_steps()
         self.reward.check_lengths(self.sampling.max_completion_tokens)
         self.reward.check_models(self.reward_models)
         return self
+
+    def _check_old_logprobs(self) -> None:
+        grpo, updates = self.grpo, self.grpo.num_iterations * self.batch.minibatches
+        if grpo.old_logprobs == "none" and updates > 1 and grpo.needs_old:
+            raise ValueError(
+                f"grpo.num_iterations={grpo.num_iterations} x batch.minibatches={self.batch.minibatches} updates a "
+                "step need the log-probs of the policy that the step began with, and grpo.old_logprobs=none computes "
+                "none; use policy (or sampler), or one update a step"
+            )
+        if grpo.old_logprobs == "sampler" and grpo.correction != "none":
+            raise ValueError(
+                f"grpo.correction={grpo.correction} weighs what lies between the sampler and grpo.old_logprobs=sampler,"
+                " which are the same; use grpo.old_logprobs=policy, or no correction"
+            )
+
+    def _check_steps(self) -> None:
+        """Process supervision beside what needs one advantage a completion."""
+        if self.reward.steps is None:
+            return
+        for key, value, allowed in (
+            ("advantage", self.grpo.advantage, PER_STEP),
+            ("kl_in", self.grpo.kl_in, ("loss",)),
+            ("ratio", self.grpo.ratio, ("token", "sequence_token")),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"grpo.{key}={value} is for one reward a completion, and reward.steps gives one a step; use "
+                    f"{' or '.join(allowed)}, or leave reward.steps out"
+                )
 
     @property
     def reference_path(self) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from grpo_mega.config.base import Name, NonNegative, Positive, Section, nearest
+from grpo_mega.config.reward_model import RewardModelConfig
 
 CpuSeconds = Annotated[float, Field(gt=0, le=3600)]
 
@@ -92,6 +93,14 @@ class PartConfig(Section):
     weight: float = 1.0  # 0: only logged
     options: dict[str, Any] = Field(default_factory=dict)  # a function of your own gets them as keyword arguments
     batch: bool = False  # of your own: called with lists, once a step and replica
+    # a model scores steps; a function of your own is called with a completion's reasoning steps, and gives a list, too
+    per_step: bool = False
+
+
+class StepsConfig(Section):
+    """Process supervision: where a completion's reasoning steps end (rewards/steps)."""
+
+    delimiter: Name = "\n\n"
 
 
 class RewardConfig(Section):
@@ -100,6 +109,8 @@ class RewardConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     batch: bool = False
     parts: dict[str, PartConfig] = Field(default_factory=dict)  # or several: the reward is their weighted sum
+    # given: process supervision. Parts with `per_step` score each step, what the others give goes to the last one
+    steps: StepsConfig | None = None
     # what a completion cut by the length limit gets: its reward, no part in the loss, or `truncation_reward`
     truncated: Literal["reward", "mask", "penalize"] = "reward"
     truncation_reward: float = 0.0
@@ -122,12 +133,35 @@ class RewardConfig(Section):
         tree["parts"] = {name: _checked_part(_where(name), part) for name, part in tree["parts"].items()}
         return tree
 
+    @model_validator(mode="after")
+    def _steps(self) -> RewardConfig:
+        scoring = [name for name, part in self.all_parts.items() if part.per_step]
+        if scoring and self.steps is None:
+            raise ValueError(
+                f"{self.key(scoring[0])}.per_step=true scores reasoning steps, and nothing says where they end; set "
+                'reward.steps, say {delimiter: "\\n\\n"}'
+            )
+        if self.steps is not None and not scoring:
+            raise ValueError(
+                f"reward.steps={self.steps.model_dump()} marks reasoning steps, and no part scores them; give one "
+                "per_step: true, or leave reward.steps out"
+            )
+        for name in scoring:
+            if self.all_parts[name].function in OPTIONS:
+                raise ValueError(
+                    f"{self.key(name)}.function={self.all_parts[name].function} scores whole completions, not the "
+                    "steps that reward.steps marks; use a function of your own (beside it, under reward.parts)"
+                )
+        return self
+
     @property
     def all_parts(self) -> dict[str, PartConfig]:
         """Every part by its name in metrics and errors; the only part has its function's name, or its model's."""
+        per_step = self.steps is not None  # the only part is what the steps are for
         if self.function is not None:
-            return {self.function: PartConfig(function=self.function, options=self.options, batch=self.batch)}
-        return dict(self.parts) if self.model is None else {self.model: PartConfig(model=self.model)}
+            part = PartConfig(function=self.function, options=self.options, batch=self.batch, per_step=per_step)
+            return {self.function: part}
+        return dict(self.parts) if self.model is None else {self.model: PartConfig(model=self.model, per_step=per_step)}
 
     def check_lengths(self, max_completion_tokens: int) -> None:
         """Raise ValueError for a length penalty that completions of at most `max_completion_tokens` never meet."""
@@ -146,15 +180,29 @@ class RewardConfig(Section):
                     f"{max_completion_tokens}; lower it (DAPO's is a fifth)"
                 )
 
-    def check_models(self, known: Collection[str]) -> None:
-        """Raise ValueError unless the parts' models are those of `reward_models`, all of them."""
+    def check_models(self, known: Mapping[str, RewardModelConfig]) -> None:
+        """Raise ValueError unless the parts' models are those of `reward_models`, all of them, each for what it is."""
         for name in known:
             check_name(name, "reward_models", "a model")
-        used = {part.model: self.key(name) for name, part in self.all_parts.items() if part.model is not None}
-        for model, key in used.items():
-            if model not in known:
-                hint = nearest(model, known) if known else "; write that section"
-                raise ValueError(f"{key}.model={model!r} is no entry of reward_models{hint}")
+        used = set()
+        for name, part in self.all_parts.items():
+            if part.model is None:
+                continue
+            key = f"{self.key(name)}.model={part.model}"
+            if part.model not in known:
+                hint = nearest(part.model, known) if known else "; write that section"
+                raise ValueError(f"{key} is no entry of reward_models{hint}")
+            if part.per_step and known[part.model].separator is None:
+                raise ValueError(
+                    f"{key} is to score steps, and reward_models.{part.model}.separator does not say what it reads "
+                    "behind each; set it"
+                )
+            if not part.per_step and known[part.model].separator is not None:
+                raise ValueError(
+                    f"{key} scores steps (reward_models.{part.model}.separator is set), and the part is not per_step; "
+                    "make it per_step: true with reward.steps, or leave the separator out"
+                )
+            used.add(part.model)
         for name in known:
             if name not in used:
                 raise ValueError(

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from grpo_mega.types import Kept, Microbatch, Sample
 
@@ -77,6 +78,7 @@ def pack(
     }
     starts = [0]
     prefixes: list[int] = []
+    orders: list[int] = []
     kept: list[np.ndarray] = []
     for sample, begin, end, prefix in _segments(bundles):
         here = slice(starts[-1], starts[-1] + end - begin)
@@ -86,19 +88,28 @@ def pack(
         ids["position_ids"][here], ids["segment_ids"][here] = torch.arange(begin, end), len(prefixes)
         logprobs = torch.tensor(sample.sampler_logprobs[begin + 1 : end + 1], dtype=torch.float64)
         values["loss_weights"][here][trained] = sample.weight * scale
-        values["advantages"][here][trained] = sample.advantage
+        values["advantages"][here][trained] = _advantages(sample)[begin + 1 : end + 1][trained]
         values["sampler_logprobs"][here][trained] = logprobs[trained]
         if sample.kept is not None and sample.weight * scale != 0:
             kept += [sample.kept[t + 1 - sample.prompt_tokens] for t in range(begin, end) if sample.loss_mask[t + 1]]
         starts.append(here.stop)
         prefixes.append(prefix)
+        orders.append(sample.order if end >= sample.prompt_tokens else -1)
     return Microbatch(
         **{name: tensor.to(device) for name, tensor in ids.items()},
         **{name: tensor.to(dtype).to(device) for name, tensor in values.items()},
         cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
         prefixes=tuple(prefixes),
+        orders=tuple(orders),
         kept=_kept(kept, device) if any(sample.kept is not None for bundle in bundles for sample in bundle) else None,
     )
+
+
+def _advantages(sample: Sample) -> Tensor:
+    """[len(sample)] float64: each token's, 0 in the prompt."""
+    values = torch.zeros(len(sample), dtype=torch.float64)
+    values[sample.prompt_tokens :] = torch.tensor(sample.advantage, dtype=torch.float64)
+    return values
 
 
 def _kept(sets: Sequence[np.ndarray], device: torch.device | str) -> Kept:

@@ -1,12 +1,9 @@
-"""Groups -> samples: the group-relative advantage and the normalization's weight, on every token of a completion."""
+"""Groups -> samples: the advantage and the normalization's weight, on every token of a completion."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from grpo_mega.objective.advantages import group_advantages
 from grpo_mega.objective.normalization import completion_weights
 from grpo_mega.types import Group, Rollout, Sample
 
@@ -19,10 +16,11 @@ def samples_from(
     positions[k] is the place of groups[k] among all prompts of the step, over all ranks; rollout i of it gets
     order = positions[k] * G + i, so the order is prompt-major and no layout changes it.
 
-    The advantage is taken over all G rewards of the group. A rollout with `counts` False keeps its reward in there,
-    but its length is 0 to the normalization, its weight 0.0 and its loss_mask False throughout.
+    Advantages are the rollouts' (`data/advantages`). One with `counts` False has length 0 to the normalization, weight
+    0.0 and a loss_mask that is False throughout.
 
-    Raises ValueError for groups of unequal size, an empty completion, or log-probs that do not match its tokens.
+    Raises ValueError for groups of unequal size, a rollout without advantage, an empty completion, or log-probs that do
+    not match its tokens.
     """
     if len(groups) != len(positions):
         raise ValueError(f"{len(groups)} groups came with {len(positions)} positions; give one position a group")
@@ -33,19 +31,17 @@ def samples_from(
     weights, denominator = completion_weights(normalization, lengths, max_completion_tokens)
     samples = []
     for group, position, group_weights in zip(groups, positions, weights, strict=True):
-        rewards = torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float64)
-        advantages = group_advantages(rewards).tolist()
         for i, rollout in enumerate(group.rollouts):
             order = position * len(group.rollouts) + i
-            samples.append(_sample(order, position, group.prompt.token_ids, rollout, advantages[i], group_weights[i]))
+            samples.append(_sample(order, position, group.prompt.token_ids, rollout, group_weights[i]))
     return samples, denominator
 
 
-def _sample(
-    order: int, group: int, prompt: tuple[int, ...], rollout: Rollout, advantage: float, weight: float
-) -> Sample:
-    completion = rollout.completion
+def _sample(order: int, group: int, prompt: tuple[int, ...], rollout: Rollout, weight: float) -> Sample:
+    completion, advantage = rollout.completion, rollout.advantage
     n, m = len(prompt), len(completion.token_ids)
+    if advantage is None or (isinstance(advantage, tuple) and len(advantage) != m):
+        raise ValueError(f"sample {order} of {m} completion tokens has the advantages {advantage}")
     if m == 0 or len(completion.sampler_logprobs) != m:
         raise ValueError(
             f"sample {order}: the completion has {m} tokens and {len(completion.sampler_logprobs)} sampler log-probs; "

@@ -19,7 +19,7 @@ class HostWeights:
     """
 
     def __init__(self, model: nn.Module):
-        """Takes the model's weights as they are now off its device; nothing may change them from here on."""
+        """Takes the model's weights as they are now off its device; only `rewritten` may change them from here on."""
         weights = {w.untyped_storage().data_ptr(): w for w in chain(model.parameters(), model.buffers()) if w.numel()}
         self._pairs = [(w.untyped_storage(), _in_host_memory(w)) for w in weights.values()]
         self._leave()
@@ -35,6 +35,14 @@ class HostWeights:
             yield
         finally:
             self._leave()
+
+    @contextmanager
+    def rewritten(self) -> Iterator[None]:
+        """As `on_device`, for who changes the weights: what they are at its end is what host memory holds."""
+        with self.on_device():
+            yield
+            for storage, host in self._pairs:
+                host.copy_(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
 
     def _leave(self) -> None:
         for storage, _ in self._pairs:

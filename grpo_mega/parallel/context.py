@@ -32,6 +32,14 @@ def in_rows(mine: Tensor, axis: Axis) -> Tensor:
     return _Gathered.apply(mine, order, axis.group)
 
 
+def summed(mine: Tensor, axis: Axis) -> Tensor:
+    """The sum over the context ranks, the same bits on each; every rank must call, in the backward too.
+
+    Its gradient is the sum of theirs: the loss is what all ranks' parts of it add up to.
+    """
+    return mine if axis.size == 1 else _Summed.apply(mine, axis.group)
+
+
 def _order(rows: int, axis: Axis) -> Tensor:
     """Which row of the microbatch each row is when the ranks' rows stand one after the other."""
     return torch.cat([places_of(rows, Axis(None, rank, axis.size)) for rank in range(axis.size)])
@@ -49,3 +57,16 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         return collectives.reduce_scatter(gradients[0][ctx.order], ctx.group), None, None
+
+
+class _Summed(torch.autograd.Function):
+    """Gathered and added in rank order."""
+
+    @staticmethod
+    def forward(ctx, mine: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return collectives.gather(mine, group).sum(dim=0)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        return collectives.gather(gradients[0], ctx.group).sum(dim=0), None

@@ -44,6 +44,7 @@ BUILT_IN: dict[str, Callable[[Any, int], RewardFunction]] = {
 class Part:
     """One part of a reward: `weight` times its value is added. `extras` are those of EXTRAS that its function asks for.
 
+    per_step: it is called with the list of a completion's reasoning steps in the text's place, and gives a list.
     Of a part with a `model` (an entry of the recipe's reward_models) the values are given, and `function` is None.
     """
 
@@ -52,6 +53,7 @@ class Part:
     function: RewardFunction | None
     batch: bool = False
     extras: tuple[str, ...] = ()
+    per_step: bool = False
     model: str | None = None
 
 
@@ -84,7 +86,7 @@ def check_row(config: RewardConfig, origin: str, answer: str | None, row: Mappin
 
 def _part(key: str, name: str, config: PartConfig, max_completion_tokens: int) -> Part:
     if config.function is None:
-        return Part(name, config.weight, None, model=config.model)
+        return Part(name, config.weight, None, per_step=config.per_step, model=config.model)
     if config.function in OPTIONS:
         options = OPTIONS[config.function].model_validate(config.options)
         try:
@@ -96,7 +98,7 @@ def _part(key: str, name: str, config: PartConfig, max_completion_tokens: int) -
     _check_signature(function, config, f"{key}.function={config.function!r}")
     if config.options:
         function = partial(function, **config.options)
-    return Part(name, config.weight, function, config.batch, _extras(function))
+    return Part(name, config.weight, function, config.batch, _extras(function), config.per_step)
 
 
 def _own(name: str, key: str, batch: bool) -> Any:
@@ -139,9 +141,10 @@ def _check_signature(function: Any, config: PartConfig, said: str) -> None:
     try:
         signature.bind("", None, {}, **config.options, **dict.fromkeys(_extras(function)))
     except TypeError as error:
-        what = "the completion's text, the answer (or None) and the data row"
+        text = "list of steps" if config.per_step else "text"
+        what = f"the completion's {text}, the answer (or None) and the data row"
         if config.batch:
-            what = "lists of the completions' texts, their answers and their data rows"
+            what = f"lists of the completions' {text}s, their answers and their data rows"
         options = f", and its options as keywords ({', '.join(config.options)})" if config.options else ""
         raise RewardError(
             f"{said} has the signature {signature} ({error}), but is called with three positional arguments: {what}"

@@ -9,18 +9,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
 from grpo_mega.errors import RewardError
 from grpo_mega.rewards.bounded import MAX_ERROR_CHARS, describe
 from grpo_mega.rewards.resolve import Part
+from grpo_mega.rewards.steps import Marks, steps_of
 from grpo_mega.types import Completion, Group, Prompt, Rollout
 
 UNSCORED_STEPS = 3
 
 TruncationPolicy = Literal["reward", "mask", "penalize"]
-Outcome = tuple[float, None] | tuple[None, str]  # a part's value of one completion, or what went wrong
+Values = tuple[float, ...]  # of one completion: one, or one a reasoning step
+Outcome = tuple[Values, None] | tuple[None, str]  # a part's values of one completion, or what went wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A completion as parts are asked about it."""
+
+    prompt: Prompt
+    completion: Completion
+    steps: list[str]  # its reasoning steps, under process supervision
+    ends: list[int]
+
+    def argument(self, part: Part) -> str | list[str]:
+        return self.steps if part.per_step else self.completion.text
 
 
 def score_groups(
@@ -30,13 +46,18 @@ def score_groups(
     *,
     truncated: TruncationPolicy,
     truncation_reward: float,
+    marks: Marks | None = None,
     given: Mapping[str, Sequence[Outcome]] | None = None,
 ) -> list[Group]:
     """Score completions[k], the completions of prompts[k], in order: the sum of each part's weight times its value.
 
     A part is called as function(text, answer, row), once a completion, or, a batch part, as function(texts, answers,
-    rows) once, with lists that hold the completions of all prompts; what it asks for by keyword comes beside that.
-    given: of each reward model that parts name, its outcomes of the completions that are `asked` about, in order.
+    rows) once, with lists that hold the completions of all prompts; what it asks for by keyword comes beside that. A
+    part that is `per_step` gets the list of a completion's steps in its text's place, and gives a list of as many.
+    given: of each reward model that parts name, its outcomes of the completions that are `asked_about`, in order.
+
+    marks: process supervision. Rollout.steps then hold each step's reward, the weighted sum of what the per-step parts
+    gave for it; what the others gave is added to the last step's. Rollout.reward adds up the parts' means over steps.
 
     A completion cut by the length limit (`finish_reason == "length"`), by `truncated`:
         reward      is scored like any other
@@ -47,42 +68,37 @@ def score_groups(
     None as that part's value, and `error` "part: Type: message"; nothing is raised. The same for every completion of a
     batch call that raises or gives another number of results. KeyboardInterrupt passes.
     """
-    pairs = asked(prompts, completions, truncated)
-    outcomes = [_outcomes(part, pairs, given or {}) for part in parts]
-    scored = (
-        _rollout(completion, parts, [of_part[n] for of_part in outcomes], truncated)
-        for n, (_, completion) in enumerate(pairs)
-    )
+    asked = asked_about(prompts, completions, truncated, marks)
+    outcomes = [_outcomes(part, asked, given or {}) for part in parts]
+    scored = (_rollout(one, parts, [of_part[n] for of_part in outcomes], truncated) for n, one in enumerate(asked))
+
+    def penalised(one: Completion) -> Rollout:
+        steps = () if marks is None else ((len(one.token_ids) - 1, truncation_reward),)
+        return Rollout(one, truncation_reward, steps=steps)
+
     return [
-        Group(
-            prompt,
-            tuple(next(scored) if _is_asked(one, truncated) else Rollout(one, truncation_reward) for one in several),
-        )
+        Group(prompt, tuple(next(scored) if _is_asked(one, truncated) else penalised(one) for one in several))
         for prompt, several in zip(prompts, completions, strict=True)
     ]
 
 
-def asked(
-    prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], truncated: TruncationPolicy
-) -> list[tuple[Prompt, Completion]]:
-    """The completions that a reward's parts are asked about, in order, each with its prompt."""
-    pairs = [(prompt, one) for prompt, several in zip(prompts, completions, strict=True) for one in several]
-    return [(prompt, completion) for prompt, completion in pairs if _is_asked(completion, truncated)]
+def asked_about(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    truncated: TruncationPolicy,
+    marks: Marks | None = None,
+) -> list[Asked]:
+    """The completions that a reward's parts are asked about, in order; see `score_groups`."""
+    return [
+        Asked(prompt, one, *(([], []) if marks is None else steps_of(one, marks)))
+        for prompt, several in zip(prompts, completions, strict=True)
+        for one in several
+        if _is_asked(one, truncated)
+    ]
 
 
 def _is_asked(completion: Completion, truncated: TruncationPolicy) -> bool:
     return not (truncated == "penalize" and completion.finish_reason == "length")
-
-
-def _outcomes(
-    part: Part, pairs: Sequence[tuple[Prompt, Completion]], given: Mapping[str, Sequence[Outcome]]
-) -> Sequence[Outcome]:
-    if part.model is None:
-        return _batch(part, pairs) if part.batch else [_one(part, *pair) for pair in pairs]
-    outcomes = given[part.model]
-    if len(outcomes) != len(pairs):
-        raise ValueError(f"reward model {part.model} has {len(outcomes)} outcomes for {len(pairs)} completions")
-    return [_number(value) if fault is None else (None, fault) for value, fault in outcomes]
 
 
 def unscored_steps(groups: Sequence[Group], before: int) -> int:
@@ -109,49 +125,84 @@ def first_fault(groups: Sequence[Group]) -> str:
     return ""
 
 
-def _rollout(
-    completion: Completion, parts: Sequence[Part], outcomes: Sequence[Outcome], truncated: TruncationPolicy
-) -> Rollout:
-    values = tuple((part.name, value) for part, (value, _) in zip(parts, outcomes, strict=True))
+def _rollout(asked: Asked, parts: Sequence[Part], outcomes: Sequence[Outcome], truncated: TruncationPolicy) -> Rollout:
+    completion, count = asked.completion, len(asked.ends)
+    means = tuple(
+        (part.name, None if values is None else sum(values) / len(values))
+        for part, (values, _) in zip(parts, outcomes, strict=True)
+    )
     faults = [f"{part.name}: {fault}" for part, (_, fault) in zip(parts, outcomes, strict=True) if fault is not None]
-    reward = sum(part.weight * value for part, (value, _) in zip(parts, outcomes, strict=True) if value is not None)
-    if not faults and not math.isfinite(reward):
-        faults.append(f"ValueError: the weighted sum of {dict(values)} is {reward}, not a finite number")
+    reward = sum(part.weight * mean for part, (_, mean) in zip(parts, means, strict=True) if mean is not None)
+    rewards = [0.0] * count
+    for part, (values, _) in zip(parts, outcomes, strict=True):
+        if count and not faults and values is not None:
+            for step, value in zip(range(count) if part.per_step else (count - 1,), values, strict=True):
+                rewards[step] += part.weight * value
+    if not faults and not all(map(math.isfinite, (reward, *rewards))):
+        faults.append(f"ValueError: the weighted sum of {dict(means)} is {reward}, not a finite number")
     return Rollout(
         completion,
         0.0 if faults else float(reward),
         error="; ".join(faults)[:MAX_ERROR_CHARS] if faults else None,
         counts=not (completion.finish_reason == "length" and truncated == "mask"),
-        parts=values,
+        parts=means,
+        steps=tuple(zip(asked.ends, [0.0] * count if faults else rewards, strict=True)),
     )
 
 
-def _one(part: Part, prompt: Prompt, completion: Completion) -> Outcome:
+def _outcomes(part: Part, asked: Sequence[Asked], given: Mapping[str, Sequence[Outcome]]) -> list[Outcome]:
+    if part.model is None:
+        return _batch(part, asked) if part.batch else [_one(part, one) for one in asked]
+    return [
+        outcome if outcome[0] is None else _outcome(part, outcome[0] if part.per_step else outcome[0][0], one)
+        for outcome, one in zip(given[part.model], asked, strict=True)
+    ]
+
+
+def _one(part: Part, asked: Asked) -> Outcome:
     assert part.function is not None, "a model's outcomes are given"
-    extras = {name: getattr(completion, name) for name in part.extras}
+    extras = {name: getattr(asked.completion, name) for name in part.extras}
     try:
-        return _number(part.function(completion.text, prompt.answer, prompt.row, **extras))
+        result = part.function(asked.argument(part), asked.prompt.answer, asked.prompt.row, **extras)
     except (Exception, SystemExit) as error:
         return None, describe(error)
+    return _outcome(part, result, asked)
 
 
-def _batch(part: Part, pairs: Sequence[tuple[Prompt, Completion]]) -> list[Outcome]:
+def _batch(part: Part, asked: Sequence[Asked]) -> list[Outcome]:
     assert part.function is not None, "a model's outcomes are given"
-    if not pairs:
+    if not asked:
         return []
-    extras = {name: [getattr(completion, name) for _, completion in pairs] for name in part.extras}
-    texts = [completion.text for _, completion in pairs]
-    answers, rows = [prompt.answer for prompt, _ in pairs], [prompt.row for prompt, _ in pairs]
+    extras = {name: [getattr(one.completion, name) for one in asked] for name in part.extras}
+    arguments = [one.argument(part) for one in asked]
+    answers, rows = [one.prompt.answer for one in asked], [one.prompt.row for one in asked]
     try:
-        results = part.function(texts, answers, rows, **extras)
-        if isinstance(results, (str, Mapping, Set)):
-            raise TypeError(f"the batch function returned {type(results).__name__}, not a list of numbers")
-        results = list(results)
-        if len(results) != len(pairs):
-            raise ValueError(f"the batch function returned {len(results)} results for {len(pairs)} completions")
+        results = _listed(part.function(arguments, answers, rows, **extras), len(asked), "completions")
     except (Exception, SystemExit) as error:
-        return [(None, describe(error))] * len(pairs)
-    return [_number(result) for result in results]
+        return [(None, describe(error))] * len(asked)
+    return [_outcome(part, result, one) for result, one in zip(results, asked, strict=True)]
+
+
+def _outcome(part: Part, result: Any, asked: Asked) -> Outcome:
+    """What a part gave for one completion, as numbers."""
+    if not part.per_step:
+        return _number(result)
+    try:
+        numbers = [_number(one) for one in _listed(result, len(asked.steps), "steps")]
+    except (Exception, SystemExit) as error:
+        return None, describe(error)
+    faults = [fault for _, fault in numbers if fault is not None]
+    return (None, faults[0]) if faults else (tuple(value for values, _ in numbers for value in values or ()), None)
+
+
+def _listed(results: Any, count: int, what: str) -> list[Any]:
+    kind = "batch function" if what == "completions" else "per-step function"
+    if isinstance(results, (str, Mapping, Set)):
+        raise TypeError(f"the {kind} returned {type(results).__name__}, not a list of numbers")
+    results = list(results)
+    if len(results) != count:
+        raise ValueError(f"the {kind} returned {len(results)} results for {count} {what}")
+    return results
 
 
 def _number(result: Any) -> Outcome:
@@ -163,4 +214,4 @@ def _number(result: Any) -> Outcome:
         return None, describe(error)
     if not math.isfinite(value):
         return None, f"ValueError: the reward function returned {value}, not a finite number"
-    return value, None
+    return (value,), None

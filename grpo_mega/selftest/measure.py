@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_mega.data.advantages import with_advantages
 from grpo_mega.model import bridge
 from grpo_mega.model.optimizer import gather_gradients
 from grpo_mega.parallel import collectives
@@ -50,7 +51,8 @@ def answer(case: Case, folder: Path, dtype: str, mesh: Mesh, given: Answer | Non
     for step in range(STEPS[dtype]):
         found.drawn.append(_sample(run, step))
         source = found if given is None else given
-        groups = scored(step, [[_completion(one) for one in several] for several in source.drawn[step]])
+        drawn = [[_completion(one) for one in several] for several in source.drawn[step]]
+        groups = with_advantages(scored(step, drawn), recipe.grpo)
         mine = training_share(groups, recipe, mesh, pair_cost)
         parts = minibatches([groups[i] for i in mine], mine, recipe, mesh, run.policy.dtype, pair_cost)
         parts = [logprobs_of(run, batches, on_policy=False) for batches in parts]
@@ -58,11 +60,11 @@ def answer(case: Case, folder: Path, dtype: str, mesh: Mesh, given: Answer | Non
         run.policy.begin_step()
         for _ in range(case.iterations):
             for batches in parts:
-                metrics = run.policy.gradients(batches, run.objective)
+                metrics = run.policy.gradients(batches, run.objective.now())
                 if not found.gradients:
                     found.gradients = _gradients(run)
                 if dtype != "fp64":
-                    metrics = run.policy.update(batches, run.objective)
+                    metrics = run.policy.update(batches, run.objective.now())
                 found.losses.append(_loss(run, metrics))
     found.parameters = _pieces(run, {name: p.detach() for name, p in run.policy.settled().named_parameters()})
     return found

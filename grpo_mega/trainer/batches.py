@@ -88,8 +88,11 @@ def _trained(groups: Sequence[Group], positions: Sequence[int], recipe: Recipe) 
         normalization=recipe.grpo.normalization,
         max_completion_tokens=recipe.sampling.max_completion_tokens,
     )
-    # without a KL term a sample of advantage 0 adds exactly nothing to the gradient; its place in D is kept
-    return [s for s in samples if s.weight > 0 and (s.advantage != 0 or recipe.grpo.kl_coef > 0)], denominator
+    # a sample of advantage 0 adds exactly nothing to the gradient unless a KL term or an entropy bonus does; its place
+    # in D is kept
+    grpo = recipe.grpo
+    always = grpo.kl_coef > 0 or grpo.entropy_coef > 0 or grpo.entropy_target is not None
+    return [s for s in samples if s.weight > 0 and (s.teaches or always)], denominator
 
 
 def equalize(

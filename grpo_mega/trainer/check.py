@@ -9,6 +9,7 @@ from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture, check_experts, check_layout
 from grpo_mega.model.families import read_architecture, read_scored, read_trunk
 from grpo_mega.model.layout import layers_per_stage, nearest_layouts
+from grpo_mega.model.names import shapes
 from grpo_mega.parallel.mesh import check_world
 
 
@@ -32,6 +33,11 @@ def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
             raise ConfigError(
                 f"reference.path={recipe.reference.path} has a vocabulary of {other.vocab_size}, the policy "
                 f"{arch.vocab_size}; a reference must share the policy's tokenizer"
+            )
+        if recipe.reference.refresh_every and shapes(other) != shapes(arch):
+            raise ConfigError(
+                f"reference.refresh_every={recipe.reference.refresh_every} makes the policy the reference, and "
+                f"reference.path={recipe.reference_path} is a model of another shape; leave one of them out"
             )
     return arch
 

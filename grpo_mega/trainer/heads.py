@@ -38,6 +38,10 @@ class Head(Protocol):
         """
         ...
 
+    def differentiable(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(values, entropies), [n] each, for objectives of whole sequences, differentiated in the usual way."""
+        ...
+
 
 class TokenHead:
     """ln p(target) of each row under the model's distribution at `temperature`: policies and references."""
@@ -54,6 +58,9 @@ class TokenHead:
         self, hidden: Tensor, batch: Microbatch, rows: Tensor, objective: vocab.TokenObjective, report: Report
     ) -> Tensor:
         return vocab.one_sweep_loss(**self.operands(hidden, batch, rows), objective=objective, report=report)
+
+    def differentiable(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return vocab.logprobs_and_entropies(**self.operands(hidden, batch, rows))
 
     def operands(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> dict[str, Any]:
         """What the vocab-parallel operators are given."""
@@ -99,6 +106,9 @@ class ScoreHead:
         total, metrics = objective(scores, torch.zeros_like(scores), here)
         report(total.detach(), metrics)
         return total
+
+    def differentiable(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        raise TypeError("losses that join scores are differentiated in two passes: see trainer/reward_training")
 
     def _scores(self, hidden: Tensor) -> Tensor:
         """[rows of this rank]"""

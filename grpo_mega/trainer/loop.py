@@ -1,21 +1,27 @@
-"""GRPO, arXiv:2402.03300, algorithm 1 with one outer iteration: the page that everything else serves.
+"""GRPO, arXiv:2402.03300, algorithm 1: the page that everything else serves.
 
-It never compares a rank: layouts, precision and samplers live behind the parts that it puts to work.
+It never compares a rank: layouts, precision, samplers and the variants of the method live behind the parts that it puts
+to work. Outer iterations (a reference that is refreshed) are `refresh_reference`'s; steps are the paper's inner ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from grpo_mega.data.balance import microbatch_work
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.device import peak_memory_bytes
-from grpo_mega.rewards.score import asked, first_fault, score_groups, unscored_steps
+from grpo_mega.rewards.score import first_fault, unscored_steps
 from grpo_mega.trainer import checkpoint
 from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share, with_logprobs
+from grpo_mega.trainer.collect import Collected, collect, score
+from grpo_mega.trainer.iterations import refresh_reference
+from grpo_mega.trainer.penalty import penalised
 from grpo_mega.trainer.records import StepCost, group_metrics, step_timings, write_together
 from grpo_mega.trainer.setup import Run
-from grpo_mega.types import Completion, Group, Mean, Metrics, Microbatch, Prompt, add_metrics
+from grpo_mega.types import Group, Mean, Metrics, Microbatch, add_metrics
 
 EVALUATION_COMPLETIONS = 4
 
@@ -23,34 +29,29 @@ EVALUATION_COMPLETIONS = 4
 def train(run: Run, start: int = 0) -> None:
     """Run the recipe's steps from `start` on; every rank calls, the writing rank records."""
     recipe, mesh, progress, policy = run.recipe, run.mesh, run.progress, run.policy
-    steps, group_size, mu = recipe.run.num_steps, recipe.grpo.group_size, recipe.grpo.num_iterations
+    steps, grpo, mu = recipe.run.num_steps, recipe.grpo, recipe.grpo.num_iterations
     unscored, pair_cost = 0, pair_cost_of(run.inputs.arch)
     for step in range(start, steps):
+        refresh_reference(run, step)
         progress.begin_step(step + 1, steps)
-        prompts = run.inputs.prompts.next(recipe.batch.prompts_per_step)
-        mine = mesh.share(len(prompts))
-        with progress.phase("sample"):
-            completions = run.sampler.sample(prompts, mine, group_size, step)
-        with progress.phase("reward"):
-            groups = score(run, [prompts[i] for i in mine], completions)
-        with progress.phase("gather"):  # where a replica that is done early waits for the others
-            everything = record_rollouts(run, step, groups)
-        metrics = group_metrics(everything)
-        if errors := int(metrics["reward_errors"].total):
-            progress.say(f"step {step + 1}: the reward failed for {errors} completions, {first_fault(everything)}")
-        progress.note(f"reward {metrics['reward'].value():.3f}")
-        unscored = unscored_steps(everything, unscored)  # ends the run, on every rank alike
+        groups = collect(run, step)
+        metrics = step_metrics(run, step, groups)
+        unscored = unscored_steps(groups.sampled, unscored)  # ends the run, on every rank alike
         with progress.phase("log-probs"):
-            mine = training_share(everything, recipe, mesh, pair_cost)  # whoever sampled them
-            parts = minibatches([everything[i] for i in mine], mine, recipe, mesh, policy.dtype, pair_cost)
+            mine = training_share(groups.trained, recipe, mesh, pair_cost)  # whoever sampled them
+            own = [groups.trained[i] for i in mine]
+            parts = minibatches(own, mine, recipe, mesh, policy.dtype, pair_cost)
             parts = [logprobs_of(run, batches, on_policy=mu == len(parts) == 1) for batches in parts]
+            if grpo.kl_coef and grpo.kl_in == "reward":
+                parts = penalised(groups.trained, parts, recipe, mesh)
         with progress.phase("update"):
             policy.begin_step()
+            objective = run.objective.now()
             for _ in range(mu):
                 for batches in parts:
-                    metrics = add_metrics(metrics, policy.update(batches, run.objective, progress.tick))
+                    metrics = add_metrics(metrics, policy.update(batches, objective, progress.tick))
         work = [[microbatch_work(batch, pair_cost) for batch in batches] for batches in parts]
-        record_step(run, step, everything, metrics, work)
+        record_step(run, step, groups, metrics, work)
         if step + 1 == steps or (recipe.run.save_every and (step + 1) % recipe.run.save_every == 0):
             save(run, step + 1)
         every = recipe.run.evaluate_every
@@ -58,54 +59,37 @@ def train(run: Run, start: int = 0) -> None:
             evaluate(run, step + 1)
 
 
-def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Group]:
-    """Rewards: of models by all ranks together, of functions once a completion (by one rank of each replica), and told
-    to the replica's others."""
-    groups, reward, rule = None, run.inputs.reward, run.recipe.reward
-    pairs = asked(prompts, completions, rule.truncated) if run.reward_models else []
-    given = {name: model.outcomes(pairs, run.progress.tick) for name, model in run.reward_models.items()}
-    if run.mesh.leads_replica:
-        groups = score_groups(
-            prompts,
-            completions,
-            reward,
-            truncated=rule.truncated,
-            truncation_reward=rule.truncation_reward,
-            given=given,
-        )
-    return collectives.broadcast_object(
-        collectives.broadcast_object(groups, run.mesh.replica.group), run.mesh.context.group
-    )
-
-
 def logprobs_of(run: Run, batches: Sequence[Microbatch], *, on_policy: bool) -> list[Microbatch]:
-    """Attach what the objective compares with: old log-probs unless old is current by definition, reference for KL."""
-    nothing = [None] * len(batches)
-    old = nothing if on_policy else run.policy.logprobs(batches, run.progress.tick)
+    """Attach what the objective compares with: old log-probs unless old is current by definition, reference for KL.
+
+    on_policy: the step's one update is by the policy that it begins with.
+    """
+    grpo, nothing = run.recipe.grpo, [None] * len(batches)
+    old: Sequence[Tensor | None] = nothing
+    if grpo.old_logprobs == "sampler":
+        old = [batch.sampler_logprobs for batch in batches]
+    elif grpo.old_logprobs == "policy" and not on_policy and (grpo.needs_old or run.recipe.moe.routing_replay):
+        old = run.policy.logprobs(batches, run.progress.tick)
     ref = nothing if run.reference is None else run.reference.logprobs(batches, run.progress.tick)
     return with_logprobs(batches, old, ref)
 
 
-def record_rollouts(run: Run, step: int, groups: Sequence[Group]) -> list[Group]:
-    """All replicas' groups in the step's global order, on every rank; on disk before the update.
-
-    Raises RunDirectoryError, on every rank, if they cannot be written.
-    """
-    shares = collectives.gather_objects(list(groups), run.mesh.data.group)
-    everything = sorted((group for share in shares for group in share), key=lambda group: group.prompt.index)
-    write_together(run.mesh, lambda: run.inputs.directory.write_rollouts(step + 1, everything))
-    return everything
+def step_metrics(run: Run, step: int, groups: Collected) -> Metrics:
+    """What was sampled and scored; faults of the reward are said aloud."""
+    metrics = group_metrics(groups.sampled)
+    if errors := int(metrics["reward_errors"].total):
+        run.progress.say(f"step {step + 1}: the reward failed for {errors} completions, {first_fault(groups.sampled)}")
+    run.progress.note(f"reward {metrics['reward'].value():.3f}")
+    return metrics
 
 
-def record_step(
-    run: Run, step: int, groups: Sequence[Group], metrics: Metrics, work: Sequence[Sequence[float]]
-) -> None:
+def record_step(run: Run, step: int, groups: Collected, metrics: Metrics, work: Sequence[Sequence[float]]) -> None:
     """Sum what the last stages measured; write metrics (deterministic) and timings, and show them.
 
     work: of this rank's microbatches of each minibatch, in rows.
     """
     mesh, progress = run.mesh, run.progress
-    of_groups = group_metrics(groups)
+    of_groups = group_metrics(groups.sampled)
     measured = {k: Mean(float(m.total), float(m.count)) for k, m in metrics.items() if k not in of_groups}
     total = add_metrics(*collectives.gather_objects(measured if mesh.tensor.first else {}, mesh.world.group), of_groups)
     values = {key: total[key].value() for key in sorted(total)}
@@ -113,6 +97,11 @@ def record_step(
     costs, tokens = collectives.gather_objects(cost, mesh.world.group), int(of_groups["completion_tokens"].total)
     timings = step_timings(progress.seconds, progress.step_seconds(), costs, tokens)
     values = {"lr": run.policy.learning_rate, **values}
+    if run.recipe.grpo.max_resamples:
+        values["resampled_groups"] = len(groups.sampled) - len(groups.trained)
+    if run.objective.entropy_coef is not None:
+        values["entropy_coef"] = run.objective.entropy_coef
+        run.objective.observe(values["entropy"])
     write_together(mesh, lambda: run.inputs.directory.write_step(step + 1, values, timings))
     progress.end_step(values, timings)
 
@@ -121,7 +110,12 @@ def save(run: Run, steps_done: int) -> None:
     """Checkpoint: `steps_done` steps are in it."""
     with run.progress.task("checkpoint"):
         layout = {axis: size for axis, size in run.recipe.parallel.sizes.items() if size}
-        state = {"step": steps_done, "prompts": run.inputs.prompts.state(), "layout": layout}
+        state = {
+            "step": steps_done,
+            "prompts": run.inputs.prompts.state(),
+            "layout": layout,
+            "objective": run.objective.state(),
+        }
         checkpoint.save(run.inputs.directory.checkpoints, steps_done, run.policy, state, run.mesh, run.inputs.arch)
 
 

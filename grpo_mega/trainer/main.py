@@ -10,6 +10,7 @@ from grpo_mega.errors import RunDirectoryError
 from grpo_mega.model import bridge
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer import checkpoint, loop
+from grpo_mega.trainer.iterations import restore_reference
 from grpo_mega.trainer.progress import Progress, progress_on
 from grpo_mega.trainer.records import raise_together, write_together, writing
 from grpo_mega.trainer.report import how_to_go_on, report
@@ -69,6 +70,8 @@ def resume(run: Run) -> int:
         return 0
     state = checkpoint.load(found, run.policy)
     run.inputs.prompts.restore(state["prompts"])
+    run.objective.restore(state.get("objective", {}))
+    restore_reference(run, state["step"])
     run.progress.say(f"resuming from {found}: {state['step']} of {run.recipe.run.num_steps} steps are done")
     return state["step"]
 

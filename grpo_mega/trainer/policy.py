@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,17 +26,27 @@ from grpo_mega.model.experts import Routing
 from grpo_mega.model.optimizer import build_optimizer, settle, wrap_for_training
 from grpo_mega.model.specs import ModelParts
 from grpo_mega.parallel import collectives
-from grpo_mega.parallel.context import in_rows, places_of
+from grpo_mega.parallel.context import in_rows, places_of, summed
 from grpo_mega.trainer.heads import Head
-from grpo_mega.types import Mean, Metrics, Microbatch, TokenBatch, add_metrics
+from grpo_mega.types import Mean, Metrics, Microbatch, Segments, TokenBatch, add_metrics
 
 # (logprobs [n], entropies [n], the same tokens' weights and advantages) -> (sum of weighted token losses, metrics); the
 # trained tokens come in several calls, whose losses and metrics are added up
-Objective = Callable[[Tensor, Tensor, TokenBatch], tuple[Tensor, Metrics]]
+TokenObjective = Callable[[Tensor, Tensor, TokenBatch], tuple[Tensor, Metrics]]
 Tick = Callable[[], None]
 
 
 def silent() -> None: ...
+
+
+@dataclass(frozen=True)
+class WholeSequences:
+    """An objective whose terms depend on whole completions: it is called once a microbatch, with `tokens.segments`."""
+
+    objective: TokenObjective
+
+
+Objective = TokenObjective | WholeSequences
 
 
 class Scorer:
@@ -175,22 +186,33 @@ class Policy(Scorer):
         def loss(batch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Metrics]:
             rows = batch.loss_weights.nonzero().squeeze(1)
             tokens = batch.take(rows)
+            count = torch.tensor(batch.rows, dtype=torch.int, device=hidden.device)
             metrics: Metrics = {}
 
             def of_chunk(logprobs: Tensor, entropies: Tensor, where: slice) -> tuple[Tensor, Metrics]:
+                assert not isinstance(objective, WholeSequences)
                 return objective(logprobs, entropies, tokens.at(where))
 
-            def report(total: Tensor, more: Metrics) -> None:  # in the backward
+            def report(total: Tensor, more: Metrics) -> None:  # in the backward, where there is one sweep
                 metrics.update(more, loss=Mean(total.double() / every_row, batch.rows / every_row))
 
-            placeholder = self.head.loss(hidden, batch, rows, of_chunk, report)
-            return placeholder, torch.tensor(batch.rows, dtype=torch.int, device=placeholder.device), metrics
+            if isinstance(objective, WholeSequences):
+                tokens = replace(tokens, segments=self._segments(batch, rows))
+                total, more = objective.objective(*self.head.differentiable(hidden, batch, rows), tokens)
+                report(total.detach(), more)
+                return total, count, metrics
+            return self.head.loss(hidden, batch, rows, of_chunk, report), count, metrics
 
         self._row_weight = self._weight_of_rows(batches)
         for part in self.buffers:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
         return add_metrics(*self._run(batches, loss, tick, forward_only=False))
+
+    def _segments(self, batch: Microbatch, rows: Tensor) -> Segments:
+        """The completions of the trained rows [n]; their sums are over all context ranks, each of which must ask."""
+        context = self.mesh.context
+        return Segments(batch.segment_ids[rows], len(batch.prefixes), lambda sums: summed(sums, context))
 
     def update(self, batches: Sequence[Microbatch], objective: Objective, tick: Tick = silent) -> Metrics:
         """One optimizer step on the batches. Raises GrpoMegaError, on every rank, before a bad gradient is kept."""

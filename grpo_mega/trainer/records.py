@@ -52,7 +52,7 @@ def group_metrics(groups: Sequence[Group]) -> Metrics:
     return {
         "reward": Mean(sum(rollout.reward for rollout in rollouts), count),
         "reward_errors": Mean(sum(rollout.error is not None for rollout in rollouts), 1),
-        "degenerate_groups": Mean(sum(map(_is_degenerate, groups)), 1),
+        "degenerate_groups": Mean(sum(map(is_degenerate_group, groups)), 1),
         "completion_tokens": Mean(sum(len(completion.token_ids) for completion in completions), count),
         "truncated": Mean(sum(completion.finish_reason == "length" for completion in completions), count),
         "near_boundary_draws": Mean(sum(completion.near_boundary for completion in completions), 1),
@@ -66,10 +66,12 @@ def _part_metrics(rollouts: Sequence[Rollout]) -> Metrics:
     return {f"reward/{name}": Mean(sum(of), len(of)) for name, of in values.items()} if len(names) > 1 else {}
 
 
-def _is_degenerate(group: Group) -> bool:
+def is_degenerate_group(group: Group) -> bool:
+    """Whether all rewards of the group (of all steps, under process supervision) are equal."""
     import torch
 
-    return is_degenerate(torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float64))
+    steps = [value for rollout in group.rollouts for _, value in rollout.steps]
+    return is_degenerate(torch.tensor(steps or [rollout.reward for rollout in group.rollouts], dtype=torch.float64))
 
 
 class RunDirectory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from grpo_mega.config import Recipe
 from grpo_mega.model import bridge
 from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.families import read_architecture
+from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.model.offload import HostWeights
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh, another_layout
@@ -21,15 +23,16 @@ from grpo_mega.types import Kept, Microbatch
 
 
 def build_reference(recipe: Recipe, mesh: Mesh, tick: bridge.Tick = bridge.silent) -> Reference:
-    """The recipe's reference beside a policy on `mesh`; every rank must call."""
+    """The recipe's first reference beside a policy on `mesh`; every rank must call."""
     layout = recipe.reference.layout or recipe.parallel
     arch = read_architecture(recipe.reference_path)
+    stages = layers_per_stage(arch, layout.stages, layout.pipeline_layout)
     own = mesh if layout.sizes == recipe.parallel.sizes else another_layout(mesh, **layout.sizes)
     dtype = DTYPES[recipe.precision.reference or recipe.precision.dtype]
     with own.active():
         model = build_model(arch, own, layout, dtype=dtype, trainable=False, tick=tick)
     scorer = Scorer(TokenHead(model, arch.vocab_size, own, recipe.sampling.temperature))
-    return Reference(scorer, mesh, offload=recipe.reference.offload)
+    return Reference(scorer, mesh, offload=recipe.reference.offload, layers=stages)
 
 
 class Reference:
@@ -39,8 +42,9 @@ class Reference:
     (index * data ranks + data rank), and data rank j of the reference scores every number that is j modulo their count.
     """
 
-    def __init__(self, scorer: Scorer, mesh: Mesh, *, offload: bool = False):
-        self._scorer, self._mesh = scorer, mesh
+    def __init__(self, scorer: Scorer, mesh: Mesh, *, offload: bool = False, layers: tuple[int, ...] = ()):
+        """layers: of each stage of the scorer's pipeline; needed by `load` alone."""
+        self._scorer, self._mesh, self._layers = scorer, mesh, layers
         self._weights = HostWeights(scorer.model) if offload else None
 
     @torch.no_grad()
@@ -53,6 +57,12 @@ class Reference:
             if self._scorer.mesh is self._mesh:
                 return self._scorer.logprobs(batches, tick)
             return self._routed(batches, tick)
+
+    def load(self, folder: Path, tick: bridge.Tick = bridge.silent) -> None:
+        """Become the model of a Hugging Face folder, one of the same shape. Every rank must call."""
+        scorer, arch = self._scorer, read_architecture(str(folder))
+        with nullcontext() if self._weights is None else self._weights.rewritten(), scorer.mesh.active():
+            bridge.load(scorer.model, arch, bridge.Place.of(scorer.mesh, self._layers), tick)
 
     def _routed(self, batches: Sequence[Microbatch], tick: Tick) -> list[Tensor | None]:
         mesh, data = self._scorer.mesh, self._scorer.mesh.data

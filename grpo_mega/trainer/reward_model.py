@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_mega.config import Recipe
 from grpo_mega.config.reward_model import RewardModelConfig
-from grpo_mega.data.conversations import Reader, Reading, samples_of
+from grpo_mega.data.conversations import Reader, Reading, samples_of, separator_token
 from grpo_mega.data.tokenizer import check_vocabulary, load_tokenizer
 from grpo_mega.errors import DataError
 from grpo_mega.model.architecture import Architecture
@@ -19,13 +19,13 @@ from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.families import read_scored
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh, another_layout
-from grpo_mega.rewards.score import Outcome
+from grpo_mega.rewards.score import Asked, Outcome
 from grpo_mega.trainer.batches import equalize, pair_cost_of
 from grpo_mega.trainer.check import judging_layout
 from grpo_mega.trainer.heads import ScoreHead
 from grpo_mega.trainer.policy import Scorer, Tick, silent
 from grpo_mega.trainer.reference import Reference
-from grpo_mega.types import Completion, Microbatch, Prompt
+from grpo_mega.types import Microbatch, Prompt
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,13 @@ def read_judges(recipe: Recipe) -> dict[str, Judge]:
         tokenizer = load_tokenizer(config.path, config.tokenizer, section=section)
         check_vocabulary(tokenizer, config.tokenizer or config.path, arch.vocab_size)
         limit = min(arch.context_length, config.max_tokens or arch.context_length)
-        judges[name] = Judge(name, config, arch, Reader(tokenizer, limit, arch.raw.get("pad_token_id")))
+        if config.separator is not None:
+            try:
+                separator_token(tokenizer, config.separator)
+            except DataError as error:
+                raise DataError(f"{section}: {error}") from None
+        reader = Reader(tokenizer, limit, arch.raw.get("pad_token_id"), config.separator)
+        judges[name] = Judge(name, config, arch, reader)
     return judges
 
 
@@ -73,7 +79,8 @@ class RewardModel:
     """A reward model as whoever trains on `mesh` asks it, whatever mesh it is on itself and wherever its weights wait.
 
     The value of a completion is the score s at the end of the conversation (one label), or sigma(s), the probability
-    of "yes", where the model has two labels, no and yes, and s is their log-odds.
+    of "yes", where the model has two labels, no and yes, and s is their log-odds. With a separator it is a process
+    reward model, which gives such a value for each step of the completion.
     """
 
     def __init__(self, judge: Judge, recipe: Recipe, mesh: Mesh):
@@ -89,21 +96,24 @@ class RewardModel:
         self._judge, self._mesh, self._multiple = judge, mesh, layout.row_multiple
         self._capacity = recipe.batch.tokens_per_microbatch
 
-    def outcomes(self, pairs: Sequence[tuple[Prompt, Completion]], tick: Tick = silent) -> list[Outcome]:
-        """The value of each of this data rank's completions, or why it has none: too long for the model, say.
+    def outcomes(self, asked: Sequence[Asked], tick: Tick = silent) -> list[Outcome]:
+        """The values of each of this data rank's completions (of a process reward model: one a step), or why it has
+        none: too long for the model, say.
 
-        Every rank must call; all ranks of a replica, and its context ranks, with the same pairs, and get the same.
+        Every rank must call; all ranks of a replica, and its context ranks, with the same completions, and get the
+        same answer.
         """
-        read: list[tuple[int, int, Reading]] = []
-        found: list[Outcome] = []
-        for order, (prompt, completion) in enumerate(pairs):
+        read: list[tuple[int, int, Reading] | str] = []
+        slot = 0
+        for one in asked:
             try:
-                read.append((order, prompt.index, self._judge.reader.whole(prompt.messages, completion.text)))
-                found.append((None, "no score"))
+                reading = self._read(one)
+                read.append((slot, one.prompt.index, reading))
+                slot += len(reading.places)
             except DataError as error:
-                found.append((None, f"DataError: {error}"))
+                read.append(f"DataError: {error}")
         batches = equalize(
-            samples_of(read),
+            samples_of([one for one in read if not isinstance(one, str)]),
             1,
             self._capacity,
             self._mesh,
@@ -112,9 +122,23 @@ class RewardModel:
             pair_cost=pair_cost_of(self._judge.arch),
         )
         scores = scores_by_slot(batches, self._scorer.logprobs(batches, tick), self._mesh)
-        for order, score in scores.items():
-            found[order] = (value_of(score, self._judge.arch.labels), None)
+        labels, found = self._judge.arch.labels, list[Outcome]()
+        for what in read:
+            if isinstance(what, str):
+                found.append((None, what))
+            else:
+                first, _, reading = what
+                places = range(first, first + len(reading.places))
+                found.append((tuple(value_of(scores[place], labels) for place in places), None))
         return found
+
+    def _read(self, asked: Asked) -> Reading:
+        reader, messages = self._judge.reader, asked.prompt.messages
+        return (
+            reader.whole(messages, asked.completion.text)
+            if reader.separator is None
+            else reader.steps(messages, asked.steps)
+        )
 
 
 def value_of(score: float, labels: int) -> float:

@@ -7,9 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from grpo_mega.objective.advantages import group_advantages
 from grpo_mega.types import Group
 
 # rewards is a list of pairs, not a map: Hugging Face's datasets know no map
@@ -27,7 +25,8 @@ SCHEMA = pa.schema(
         "answer": pa.string(),
         "reward": pa.float64(),
         "rewards": pa.list_(pa.struct({"name": pa.string(), "value": pa.float64()})),  # the parts, not yet weighted
-        "advantage": pa.float64(),
+        "advantage": pa.float64(),  # of the first token; before a KL penalty in the reward; null: not trained on
+        "steps": pa.list_(pa.struct({"end": pa.int32(), "reward": pa.float64()})),  # of process supervision
         "counts": pa.bool_(),  # false: no part in the loss
         "error": pa.string(),  # of the reward function
         "near_boundary": pa.int32(),  # draws that rounding could have decided otherwise
@@ -44,7 +43,6 @@ def rollout_bytes(step: int, groups: Sequence[Group]) -> bytes:
 
 
 def _rows(step: int, group: Group) -> list[dict[str, Any]]:
-    rewards = torch.tensor([rollout.reward for rollout in group.rollouts], dtype=torch.float64)
     return [
         {
             "step": step,
@@ -59,14 +57,13 @@ def _rows(step: int, group: Group) -> list[dict[str, Any]]:
             "answer": _text(group.prompt.answer),
             "reward": rollout.reward,
             "rewards": [{"name": name, "value": value} for name, value in rollout.parts],
-            "advantage": advantage,
+            "advantage": rollout.advantage[0] if isinstance(rollout.advantage, tuple) else rollout.advantage,
+            "steps": [{"end": end, "reward": reward} for end, reward in rollout.steps],
             "counts": rollout.counts,
             "error": _text(rollout.error),
             "near_boundary": rollout.completion.near_boundary,
         }
-        for number, (rollout, advantage) in enumerate(
-            zip(group.rollouts, group_advantages(rewards).tolist(), strict=True)
-        )
+        for number, rollout in enumerate(group.rollouts)
     ]
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from grpo_mega.config import Recipe
 from grpo_mega.data.corpus import load_corpus
@@ -21,7 +20,6 @@ from grpo_mega.model.decode import Decoder
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.model.optimizer import start_main_weights
 from grpo_mega.model.specs import ModelParts
-from grpo_mega.objective.grpo import grpo_loss
 from grpo_mega.parallel.mesh import Mesh, another_layout
 from grpo_mega.parallel.truncation import Truncation
 from grpo_mega.rewards.resolve import Part, check_row, resolve_reward
@@ -29,12 +27,13 @@ from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply, sampling_layout
 from grpo_mega.trainer.heads import TokenHead
-from grpo_mega.trainer.policy import Objective, Policy
+from grpo_mega.trainer.objective import StepObjective
+from grpo_mega.trainer.policy import Policy
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.records import RunDirectory
 from grpo_mega.trainer.reference import Reference, build_reference
 from grpo_mega.trainer.reward_model import Judge, RewardModel, build_reward_models, check_conversations, read_judges
-from grpo_mega.types import Metrics, Prompt, TokenBatch
+from grpo_mega.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Run:
     reference: Reference | None
     reward_models: Mapping[str, RewardModel]
     sampler: Sampler
-    objective: Objective
+    objective: StepObjective
     progress: Progress
 
 
@@ -114,7 +113,7 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
     reference = build_reference(recipe, mesh, progress.tick) if recipe.grpo.kl_coef > 0 else None
     reward_models = build_reward_models(recipe, inputs.judges, mesh)
     sampler = build_sampler(recipe, inputs, mesh, policy, progress)
-    return Run(recipe, inputs, mesh, policy, reference, reward_models, sampler, objective_of(recipe), progress)
+    return Run(recipe, inputs, mesh, policy, reference, reward_models, sampler, StepObjective(recipe), progress)
 
 
 def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, progress: Progress) -> Sampler:
@@ -155,24 +154,3 @@ def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, pr
         decode=inputs.tokenizer.decode,
         routes=current is not mesh,
     )
-
-
-def objective_of(recipe: Recipe) -> Objective:
-    """The recipe's GRPO loss as a function of log-probs, entropies and the tokens' weights and advantages."""
-    grpo = recipe.grpo
-
-    def objective(logprobs: Tensor, entropies: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        return grpo_loss(
-            logprobs,
-            entropies,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            advantages=batch.advantages,
-            loss_weights=batch.loss_weights,
-            sampler_logprobs=batch.sampler_logprobs,
-            clip_low=grpo.clip_low,
-            clip_high=grpo.clip_high,
-            kl_coef=grpo.kl_coef,
-        )
-
-    return objective

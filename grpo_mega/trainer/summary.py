@@ -141,12 +141,16 @@ def _completions(directory: Path) -> Iterator[str]:
         parts = ", ".join(_part(part["name"], part["value"]) for part in row["rewards"])
         why = f"; error: {one_line(row['error'])}" if row["error"] else ""
         yield (
-            f"  {name}: reward {row['reward']:g}{f' ({parts})' if parts else ''}, advantage {row['advantage']:+.2f}, "
+            f"  {name}: reward {row['reward']:g}{f' ({parts})' if parts else ''}, {_advantage(row)}, "
             f"{len(row['token_ids'])} tokens, {row['finish_reason']}{why}"
         )
         answer = f"   (answer {one_line(row['answer'])})" if row["answer"] is not None else ""
         yield f"    prompt      {one_line(row['prompt'])}{answer}"
         yield f"    completion  {one_line(row['text'], 300)}"
+
+
+def _advantage(row: Mapping[str, Any]) -> str:
+    return "not trained on" if row["advantage"] is None else f"advantage {row['advantage']:+.2f}"
 
 
 def _part(name: str, value: float | None) -> str:

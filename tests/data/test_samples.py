@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from grpo_mega.config import GrpoConfig
+from grpo_mega.data.advantages import with_advantages
 from grpo_mega.data.samples import samples_from
 from grpo_mega.types import Completion, Group, Prompt, Rollout
 
@@ -26,6 +28,7 @@ SECOND = group(1, [1], *[rollout([3, 3], 0.5)] * 4)
 
 
 def build(groups=(FIRST, SECOND), positions=(5, 2), normalization="sequence"):
+    groups = with_advantages(groups, GrpoConfig())
     return samples_from(groups, positions, normalization=normalization, max_completion_tokens=4)
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from grpo_mega.errors import ConfigError, RewardError
-from grpo_mega.objective.advantages import group_advantages, is_degenerate
+from grpo_mega.objective.advantages import (
+    batch_normalised,
+    best_of_n,
+    centred_advantages,
+    group_advantages,
+    is_degenerate,
+    leave_one_out_advantages,
+)
 
 
 def test_one_right_in_four():
@@ -70,3 +77,40 @@ def test_a_group_of_one_is_refused(rewards: torch.Tensor):
 def test_one_group_at_a_time(shape: tuple[int, ...]):
     with pytest.raises(ConfigError, match=r"shape \("):
         group_advantages(torch.zeros(shape))
+
+
+def test_dr_grpo_and_rloo_by_hand():
+    # mean of (1, 0, 0, 3) is 1; the others' means are 1, 4/3, 4/3, 1/3
+    rewards = torch.tensor([1.0, 0.0, 0.0, 3.0])
+    assert centred_advantages(rewards).tolist() == [0, -1, -1, 2]
+    assert leave_one_out_advantages(rewards).tolist() == pytest.approx([0, -4 / 3, -4 / 3, 8 / 3])
+
+
+@pytest.mark.parametrize("estimator", [centred_advantages, leave_one_out_advantages])
+def test_other_estimators_are_as_strict(estimator):
+    assert torch.count_nonzero(estimator(torch.full((7,), 0.1 + 0.2))) == 0
+    with pytest.raises(ConfigError, match="a group of 1 has nothing to compare"):
+        estimator(torch.ones(1))
+    with pytest.raises(RewardError, match="no finite standard deviation"):
+        estimator(torch.tensor([1.0, math.nan]))
+
+
+def test_best_of_n_by_hand():
+    rewards = torch.tensor([0.5, 1.0, 0.0, 1.0])
+    assert best_of_n(rewards).tolist() == [0, 1, 0, 0]  # of equal ones the first
+    assert best_of_n(rewards, 3).tolist() == [1, 1, 0, 1]
+    assert best_of_n(rewards, 3, above=0.5).tolist() == [0, 1, 0, 1]
+    assert best_of_n(torch.zeros(3), above=0.0).tolist() == [0, 0, 0]  # nothing was right: nothing is learnt
+    assert best_of_n(torch.tensor([2.0])).tolist() == [1]
+    with pytest.raises(RewardError):
+        best_of_n(torch.tensor([1.0, math.inf]))
+
+
+def test_batch_normalised_by_hand():
+    # values 1, 4, 9 for 2, 1, 0 tokens: mean 2, variance (2 * 1 + 4) / 3 = 2
+    found = batch_normalised(torch.tensor([1.0, 4.0, 9.0]), torch.tensor([2.0, 1.0, 0.0]))
+    assert found.tolist() == pytest.approx([-1 / 2**0.5, 2 / 2**0.5, 7 / 2**0.5], rel=1e-5)
+    assert batch_normalised(torch.full((3,), 0.1 + 0.2), torch.ones(3)).tolist() == [0, 0, 0]
+    assert batch_normalised(torch.tensor([1.0, 2.0]), torch.zeros(2)).tolist() == [0, 0]
+    with pytest.raises(RewardError, match="not finite"):
+        batch_normalised(torch.tensor([1.0, math.nan]), torch.ones(2))

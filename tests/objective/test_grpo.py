@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from grpo_mega.errors import ConfigError
-from grpo_mega.objective.grpo import grpo_loss
+from grpo_mega.objective.grpo import Terms
+from grpo_mega.objective.grpo import grpo_loss as loss_of_tokens
+from grpo_mega.types import TokenBatch
 
 
 def logs(*probabilities: float) -> Tensor:
     return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def grpo_loss(logprobs: Tensor, entropies: Tensor, **given: Any):
+    fields = {key: given.pop(key) for key in TokenBatch.__dataclass_fields__ if key in given}
+    return loss_of_tokens(logprobs, entropies, TokenBatch(**fields), Terms(**given))
 
 
 def three_tokens(**changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vocabulary import crossings, problem, same_bits, some_kept
 
 from grpo_mega.errors import GrpoMegaError
-from grpo_mega.objective.grpo import grpo_loss
+from grpo_mega.objective.grpo import Terms, grpo_loss
 from grpo_mega.parallel import head as head_module
 from grpo_mega.parallel import row_kernels
 from grpo_mega.parallel.mesh import initialize, world_size_from_environment
@@ -26,12 +26,7 @@ PER_TOKEN = "a number a token"
 
 
 def grpo(tokens, kl_coef, logprobs, entropies, where):
-    part = tokens.at(where)
-    return grpo_loss(
-        logprobs, entropies, old_logprobs=part.old_logprobs, ref_logprobs=part.ref_logprobs, advantages=part.advantages,
-        loss_weights=part.loss_weights, sampler_logprobs=part.sampler_logprobs, clip_low=0.2, clip_high=0.3,
-        kl_coef=kl_coef,
-    )  # fmt: skip
+    return grpo_loss(logprobs, entropies, tokens.at(where), Terms(clip_low=0.2, clip_high=0.3, kl_coef=kl_coef))
 
 
 def with_entropy(tokens, logprobs, entropies, where):

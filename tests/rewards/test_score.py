@@ -10,6 +10,7 @@ import pytest
 from grpo_mega.errors import RewardError
 from grpo_mega.rewards.resolve import Part
 from grpo_mega.rewards.score import UNSCORED_STEPS, first_fault, score_groups, unscored_steps
+from grpo_mega.rewards.steps import Marks
 from grpo_mega.types import Completion, Group, Prompt, Rollout
 
 PROMPT = Prompt(index=3, text="7 + 5 =", token_ids=(1, 2), answer="12", row={"level": 2})
@@ -275,3 +276,50 @@ def test_the_first_fault():
         == "first at prompt 3, completion 1: a: E: x"
     )
     assert first_fault([group_of(None)]) == ""
+
+
+def stepwise(pieces: list[str], parts: list[Part], truncated: Any = "reward", reason: Any = "stop") -> Rollout:
+    """A completion whose tokens are the pieces, under process supervision with marks of ";"."""
+    one = Completion(tuple(range(len(pieces))), (0.0,) * len(pieces), reason, "".join(pieces))
+    marks = Marks(";", lambda ids: "".join(pieces[i] for i in ids))
+    (group,) = score_groups([PROMPT], [[one]], parts, truncated=truncated, truncation_reward=-0.5, marks=marks)
+    return group.rollouts[0]
+
+
+def test_steps_are_scored_and_the_outcome_goes_to_the_last():
+    calls = []
+
+    def steps(texts, answer, row):
+        calls.append((texts, answer, row))
+        return [len(text) for text in texts]
+
+    parts = [Part("steps", 0.5, steps, per_step=True), Part("outcome", 2.0, lambda text, answer, row: len(text))]
+    rollout = stepwise(["ab", ";", "c;", "def", "g"], parts)
+    assert calls == [(["ab;", "c;", "defg"], "12", {"level": 2})]
+    assert rollout.steps == ((1, 1.5), (2, 1.0), (4, 2.0 + 2 * 9))  # half of 3, 2 and 4; the outcome's 9 twice
+    assert rollout.parts == (("steps", 3.0), ("outcome", 9.0)) and rollout.reward == 0.5 * 3 + 2 * 9
+
+
+def test_a_batch_function_scores_steps_too():
+    part = Part("b", 1.0, lambda several, answers, rows: [range(len(s)) for s in several], batch=True, per_step=True)
+    assert stepwise(["a;", "b;", "c"], [part]).steps == ((0, 0.0), (1, 1.0), (2, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("result", "error"),
+    [
+        ([1.0], "p: ValueError: the per-step function returned 1 results for 2 steps"),
+        (1.0, "p: TypeError: 'float' object is not iterable"),
+        ("ab", "p: TypeError: the per-step function returned str, not a list of numbers"),
+        ([1.0, math.nan], "p: ValueError: the reward function returned nan, not a finite number"),
+    ],
+)
+def test_a_fault_leaves_steps_that_teach_nothing_by_themselves(result: Any, error: str):
+    rollout = stepwise(["a;", "b"], [Part("p", 1.0, lambda *_: result, per_step=True)])
+    assert rollout.error == error and rollout.reward == 0.0 and rollout.parts == (("p", None),)
+    assert rollout.steps == ((0, 0.0), (1, 0.0))
+
+
+def test_a_penalized_completion_is_one_step():
+    part = Part("p", 1.0, lambda *_: pytest.fail("asked"), per_step=True)
+    assert stepwise(["a;", "b"], [part], "penalize", "length").steps == ((1, -0.5),)

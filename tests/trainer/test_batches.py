@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_mega.config import validate_recipe
+from grpo_mega.config import GrpoConfig, validate_recipe
+from grpo_mega.data.advantages import with_advantages
 from grpo_mega.data.balance import bundle_work, distribute, first_fit, imbalance, microbatch_work, partition
 from grpo_mega.data.packing import bundle_rows, bundles
 from grpo_mega.data.samples import samples_from
@@ -35,7 +36,8 @@ def group(index, prompt, lengths, rewards=(0.0, 1.0)):
     rollouts = [
         Rollout(Completion((1,) * n, (-1.0,) * n, "stop"), rewards[i % len(rewards)]) for i, n in enumerate(lengths)
     ]
-    return Group(Prompt(index, "", (2,) * prompt), tuple(rollouts))
+    made = Group(Prompt(index, "", (2,) * prompt), tuple(rollouts))
+    return with_advantages([made], GrpoConfig())[0]
 
 
 def recipe_of(groups, *, kl_coef=0.1, parallel=None, **batch):

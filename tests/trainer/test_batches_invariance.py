@@ -8,27 +8,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 
 import pytest
 import ranks as pool
-import tiny
 import torch
-from assembled import assembled
-from safetensors.torch import load_file, save_file
+from benches import LIMIT, Bench, completion_logprobs, dense, ranks_of, recipe_of, three_models
 
-from grpo_mega.config import validate_recipe
-from grpo_mega.model.build import build_model
-from grpo_mega.model.families import read_architecture
-from grpo_mega.model.layout import layers_per_stage
-from grpo_mega.parallel import collectives, mesh
-from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share, with_logprobs
-from grpo_mega.trainer.heads import TokenHead
-from grpo_mega.trainer.policy import Policy, Scorer
-from grpo_mega.trainer.setup import objective_of
-from grpo_mega.types import Completion, Group, Prompt, Rollout, add_metrics
+from grpo_mega.config import GrpoConfig
+from grpo_mega.data.advantages import with_advantages
+from grpo_mega.trainer.objective import objective_of
+from grpo_mega.types import Completion, Group, Prompt, Rollout
 
-TEMPERATURE, LIMIT, CLIP_LOW, CLIP_HIGH = 0.7, 6, 0.2, 0.3
+CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 CASES = list(  # normalization, kl_coef, (minibatches, tokens_per_microbatch)
     itertools.product(("sequence", "group_token", "token", "constant"), (0.0, 0.1), ((1, 1000), (2, 16)))
 )
@@ -52,7 +43,8 @@ def group(index, prompt, *rollouts):
         ids = tuple(text.encode())
         completion = Completion(ids, (-1.0,) * len(ids), "length" if counts else "stop", text)
         made.append(Rollout(completion, reward, counts=not counts or counts[0]))
-    return Group(Prompt(index, prompt, tuple(prompt.encode())), tuple(made))
+    group = Group(Prompt(index, prompt, tuple(prompt.encode())), tuple(made))
+    return with_advantages([group], GrpoConfig())[0]
 
 
 GROUPS = [
@@ -89,7 +81,7 @@ class Oracle:
                 if (q.prompt.index, i) in self.logprobs:
                     logprobs, old, ref = self.logprobs[q.prompt.index, i]
                     ratio = torch.exp(logprobs - old)
-                    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage)
+                    surrogate = torch.min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
                     k3 = torch.exp(ref - logprobs) - (ref - logprobs) - 1
                     completions.append(kl_coef * k3 - surrogate)
                     divergences.append(k3.detach())
@@ -110,92 +102,7 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def completion_logprobs(model, prompt, completion):
-    tokens = torch.tensor([prompt.token_ids + completion.token_ids])
-    logits = model(tokens).logits[0, len(prompt.token_ids) - 1 : -1] / TEMPERATURE
-    return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-
-
-def dense(folder, trainable):
-    """A transformers model in float64 throughout (its norm would go through float32)."""
-    from transformers import AutoModelForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    class Norm(torch.nn.RMSNorm):
-        """x / sqrt(mean(x^2) + eps) * weight in the dtype of x."""
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
-    model.requires_grad_(trainable)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LlamaRMSNorm):
-                norm = Norm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
-                norm.weight = child.weight
-                setattr(parent, name, norm)
-    return model.eval()
-
-
 # ---- what the ranks do
-
-
-def recipe_of(folder, parallel, *, normalization="sequence", kl_coef=0.0, cut=(1, 1000), clip=None):
-    return validate_recipe(
-        {
-            "model": {"path": str(folder)},
-            "parallel": parallel,
-            "data": {"jsonl": "unused"},
-            "sampling": {"temperature": TEMPERATURE, "max_completion_tokens": LIMIT},
-            "grpo": {
-                "group_size": 3,
-                "normalization": normalization,
-                "kl_coef": kl_coef,
-                "clip_low": clip or CLIP_LOW,
-                "clip_high": clip or CLIP_HIGH,
-            },
-            "batch": {"prompts_per_step": len(GROUPS), "minibatches": cut[0], "tokens_per_microbatch": cut[1]},
-            "run": {"directory": "unused"},
-        }
-    )
-
-
-class Bench:
-    """A policy, an old policy and a reference on this rank's mesh."""
-
-    def __init__(self, folders, layout, dtype):
-        self.folder, (self.layout, positions) = folders[0], layout
-        recipe = recipe_of(folders[0], self.layout)
-        self.mesh = mesh.initialize(**recipe.parallel.sizes)
-        self.positions = positions[self.mesh.data.rank]
-        self.arch = read_architecture(folders[0])
-        self.layers = layers_per_stage(self.arch, recipe.parallel.stages)
-        settings = {"mesh": self.mesh, "parallel": recipe.parallel, "dtype": dtype}
-        models = [
-            build_model(read_architecture(folder), trainable=folder is folders[0], **settings) for folder in folders
-        ]
-        common = (self.arch.vocab_size, self.mesh, TEMPERATURE)
-        heads = [TokenHead(model, *common) for model in models]
-        self.policy = Policy(heads[0], recipe.optimizer, 1)
-        self.old, self.reference = map(Scorer, heads[1:])
-
-    def batches(self, recipe, old=None):
-        positions, pair_cost = self.positions, 0.0
-        if positions is None:
-            pair_cost = pair_cost_of(self.arch)
-            positions = training_share(GROUPS, recipe, self.mesh, pair_cost)
-            recipe = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"fixed_rows": True})})
-        mine = [GROUPS[position] for position in positions]
-        for part in minibatches(mine, positions, recipe, self.mesh, self.policy.dtype, pair_cost):
-            yield with_logprobs(part, (old or self.old).logprobs(part), self.reference.logprobs(part))
-
-    def total(self, metrics):
-        mine = metrics if self.mesh.tensor.first else {}
-        added = add_metrics(*collectives.gather_objects(mine, self.mesh.world.group))
-        return {name: value.value() for name, value in added.items()}
-
-    def gradients(self, scratch):
-        """The gradient buffers by Hugging Face name, on the writer."""
-        where = (self.policy.model, self.arch, self.mesh, self.layers)
-        return assembled(*where, lambda parameter: parameter.main_grad, scratch / "gradients")
 
 
 def all_cases(folders, layout, scratch):
@@ -203,9 +110,9 @@ def all_cases(folders, layout, scratch):
     bench = Bench(folders, layout, torch.float64)
     results = []
     for normalization, kl_coef, cut in CASES:
-        recipe = recipe_of(folders[0], bench.layout, normalization=normalization, kl_coef=kl_coef, cut=cut)
+        recipe = recipe_of(folders[0], bench.layout, cut=cut, normalization=normalization, kl_coef=kl_coef, **CLIP)
         parts = []
-        for batches in bench.batches(recipe):
+        for batches in bench.batches(GROUPS, recipe):
             metrics = bench.total(bench.policy.gradients(batches, objective_of(recipe)))
             parts.append((metrics, bench.gradients(scratch)))
         results.append(parts)
@@ -215,8 +122,8 @@ def all_cases(folders, layout, scratch):
 def first_updates(folders, layout, scratch, dtype=torch.float32):
     """Metrics of two updates on one batch, old log-probs from a forward of their own; the first gradient."""
     bench = Bench(folders, layout, dtype)
-    recipe = recipe_of(folders[0], bench.layout, kl_coef=0.1, cut=(1, 24), clip=1e-6)
-    (batches,) = bench.batches(recipe, old=bench.policy)
+    recipe = recipe_of(folders[0], bench.layout, cut=(1, 24), kl_coef=0.1, clip_low=1e-6, clip_high=1e-6)
+    (batches,) = bench.batches(GROUPS, recipe, old=bench.policy)
     for batch in batches:
         assert {t.dtype for t in (batch.loss_weights, batch.advantages, batch.ref_logprobs) if t is not None} == {
             torch.float32
@@ -230,28 +137,10 @@ def first_updates(folders, layout, scratch, dtype=torch.float32):
 # ---- the tests
 
 
-def world_size(name):
-    parallel, positions = LAYOUTS[name]
-    return math.prod(parallel.get(axis, 1) for axis in ("tensor", "pipeline", "context")) * len(positions)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Policy, old policy and reference: the second and third are the first with a little noise."""
-    base = tmp_path_factory.mktemp("invariance")
-    result = [
-        tiny.make_model(
-            base / name, num_hidden_layers=4, hidden_size=16, intermediate_size=32, num_attention_heads=4,
-            num_key_value_heads=2, tied=True,
-        )
-        for name in ("policy", "old", "reference")
-    ]  # fmt: skip
-    for seed, folder in enumerate(result[1:]):
-        generator = torch.Generator().manual_seed(seed)
-        weights = load_file(folder / "model.safetensors")
-        noisy = {name: w + 0.03 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
-        save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
-    return result
+    return three_models(tmp_path_factory.mktemp("invariance"))
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +157,7 @@ def expected(folders):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_loss_and_gradient_are_the_papers(ranks, folders, expected, tmp_path, name):
-    found = ranks(world_size(name), all_cases, folders, LAYOUTS[name], tmp_path, timeout=150)[0]
+    found = ranks(ranks_of(LAYOUTS[name]), all_cases, folders, LAYOUTS[name], tmp_path, timeout=150)[0]
     for case, parts, answers in zip(CASES, found, expected, strict=True):
         for (metrics, gradients), (loss, wanted, k3) in zip(parts, answers, strict=True):
             assert metrics["loss"] == pytest.approx(loss, rel=1e-9), case
@@ -288,7 +177,9 @@ def updates(folders, tmp_path_factory):
 
     @functools.cache
     def of(name):
-        return pool.ranks(world_size(name), first_updates, folders, LAYOUTS[name], tmp_path_factory.mktemp("update"))[0]
+        return pool.ranks(
+            ranks_of(LAYOUTS[name]), first_updates, folders, LAYOUTS[name], tmp_path_factory.mktemp("update")
+        )[0]
 
     return of
 
@@ -312,7 +203,7 @@ def test_norm_that_clips_is_the_gradients(updates, name):
 def test_bf16_is_float32_to_bf16s_rounding(ranks, folders, updates, tmp_path, name):
     """Weights and activations have 8 bits, log-probs, weights of tokens and gradients' sums 24."""
     (first, second), gradients = ranks(
-        world_size(name), first_updates, folders, LAYOUTS[name], tmp_path, torch.bfloat16
+        ranks_of(LAYOUTS[name]), first_updates, folders, LAYOUTS[name], tmp_path, torch.bfloat16
     )[0]
     (wanted, _), exact = updates(name)
     assert first["clip_fraction"] == 0.0 and first["ratio"] == pytest.approx(1, abs=1e-6)

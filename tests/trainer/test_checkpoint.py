@@ -22,7 +22,7 @@ from grpo_mega.errors import CheckpointError, ConfigError, RunDirectoryError
 from grpo_mega.model import bridge
 from grpo_mega.model.architecture import padded_vocab_size
 from grpo_mega.parallel import mesh
-from grpo_mega.trainer import checkpoint, loop, main
+from grpo_mega.trainer import checkpoint, collect, loop, main
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.setup import build_run, read_inputs
 
@@ -108,14 +108,14 @@ def load_and_fail(tree, directories):
 
 def train_whole(tree, fail_in_step=None):
     """The whole command on this rank; with `fail_in_step` it dies in that step, once completions are sampled."""
-    real = loop.score
+    real = collect.score
 
     def score(run, *args):
         if run.policy.scheduler.num_steps + 1 == fail_in_step:
             raise KeyboardInterrupt
         return real(run, *args)
 
-    with mock.patch.object(loop, "score", score):
+    with mock.patch.object(collect, "score", score):
         try:
             main.train(validate_recipe(tree))
         except KeyboardInterrupt:

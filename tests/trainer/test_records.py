@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grpo_mega.config import load_recipe, validate_recipe
+from grpo_mega.config import GrpoConfig, load_recipe, validate_recipe
+from grpo_mega.data.advantages import with_advantages
 from grpo_mega.errors import ConfigError, RunDirectoryError
 from grpo_mega.parallel import mesh
 from grpo_mega.trainer.records import (
@@ -35,7 +36,7 @@ def rollout(reward, text, *, reason="stop", near=0, **more):
     return Rollout(Completion(ids, (-0.1,) * len(ids), reason, text, near), reward, **more)
 
 
-GROUPS = [
+SCORED = [
     Group(
         Prompt(6, "2+2=", (50, 43), answer="4"),
         (
@@ -48,6 +49,7 @@ GROUPS = [
         (rollout(0.5, "ab"), rollout(0.5, "abc", error="ValueError: no")),
     ),
 ]
+GROUPS = with_advantages(SCORED, GrpoConfig())
 
 
 def test_group_metrics_by_hand():
@@ -99,6 +101,7 @@ def test_rollouts_are_a_row_a_completion(tmp_path):
         "counts": False,
         "error": None,
         "near_boundary": 2,
+        "steps": [],
     }
     assert rows[3]["error"] == "ValueError: no" and rows[3]["advantage"] == 0
 

@@ -15,7 +15,8 @@ import tiny
 import torch
 from assembled import assembled
 
-from grpo_mega.config import validate_recipe
+from grpo_mega.config import GrpoConfig, validate_recipe
+from grpo_mega.data.advantages import with_advantages
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.families import read_architecture
@@ -25,10 +26,10 @@ from grpo_mega.trainer import main
 from grpo_mega.trainer.batches import minibatches, with_logprobs
 from grpo_mega.trainer.check import check_cheaply
 from grpo_mega.trainer.heads import TokenHead
+from grpo_mega.trainer.objective import objective_of
 from grpo_mega.trainer.policy import Policy, Scorer
 from grpo_mega.trainer.records import RunDirectory
 from grpo_mega.trainer.reference import build_reference
-from grpo_mega.trainer.setup import objective_of
 from grpo_mega.types import Completion, Group, Prompt, Rollout, add_metrics
 
 PAIRS = {  # world, `parallel`, the reference's own layout
@@ -62,7 +63,7 @@ def groups():
             kept = tuple(np.unique([i, *generator.integers(256, size=20)]).astype(np.int32) for i in ids)
             completion = Completion(ids, (-1.0,) * len(ids), "stop", kept=kept if index % 2 else None)
             rollouts.append(Rollout(completion, float(generator.normal())))
-        yield Group(prompt, tuple(rollouts))
+        yield with_advantages([Group(prompt, tuple(rollouts))], GrpoConfig())[0]
 
 
 def recipe_of(folders, parallel, reference=None, **sections):

@@ -15,6 +15,7 @@ from grpo_mega.config import validate_recipe
 from grpo_mega.errors import ConfigError, DataError
 from grpo_mega.model.families import read_architecture
 from grpo_mega.parallel import mesh
+from grpo_mega.rewards.score import Asked
 from grpo_mega.trainer import main
 from grpo_mega.trainer.check import check_cheaply
 from grpo_mega.trainer.records import RunDirectory
@@ -55,9 +56,9 @@ def tree_of(policy, model, **sections):
 
 
 def pairs():
-    """The texts as completions of prompts."""
+    """The texts as completions of prompts, as parts of a reward are asked about them."""
     made = {p: Prompt(n, p, (1,), messages=({"role": "user", "content": p},)) for n, p in enumerate(PROMPTS)}
-    return [(made[p], Completion((1,), (-1.0,), "stop", text=answer)) for p, answer in TEXTS]
+    return [Asked(made[p], Completion((1,), (-1.0,), "stop", text=answer), [], []) for p, answer in TEXTS]
 
 
 def length(text, answer, row):
@@ -108,7 +109,7 @@ def test_every_familys_scores_are_transformers(ranks, policy, tmp_path):
     for name, values in zip(folders, found, strict=True):
         wanted = scoring.by_transformers(folders[name], TEXTS)[:, 0]
         assert wanted.std() > 0.1
-        scores = torch.tensor([values[i][0] for i in range(len(TEXTS))])
+        scores = torch.tensor([values[i][0][0] for i in range(len(TEXTS))])
         torch.testing.assert_close(scores, wanted, rtol=0, atol=1e-5 * max(1, wanted.abs().max().item()), msg=name)
 
 
@@ -122,7 +123,7 @@ def test_heads_of_two_labels_and_of_tokens(ranks, policy, tmp_path):
     for (kind, labels), folder, values in zip(kinds, folders, found, strict=True):
         logits = scoring.by_transformers(folder, TEXTS, kind)
         wanted = logits[:, 0] if labels == 1 else logits.softmax(dim=1)[:, 1]
-        scores = torch.tensor([values[i][0] for i in range(len(TEXTS))])
+        scores = torch.tensor([values[i][0][0] for i in range(len(TEXTS))])
         torch.testing.assert_close(scores, wanted, rtol=0, atol=1e-5)
 
 
@@ -150,7 +151,7 @@ def test_layout_packing_and_whereabouts_change_no_score(ranks, policy, judge):
         name = list(LAYOUTS)[n // 2] + (", one conversation a microbatch" if n % 2 else "")
         values = shares[0] | shares[1]
         assert sorted(values) == list(range(len(TEXTS))), name
-        scores = torch.tensor([values[i][0] for i in range(len(TEXTS))])
+        scores = torch.tensor([values[i][0][0] for i in range(len(TEXTS))])
         torch.testing.assert_close(scores, wanted, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -213,7 +214,7 @@ def test_value_of_a_score():
 # ---- mistakes
 
 REFUSED = [
-    ({"reward": {"model": "juge"}}, "reward.model='juge' is no entry of reward_models; did you mean 'judge'?"),
+    ({"reward": {"model": "juge"}}, "reward.model=juge is no entry of reward_models; did you mean 'judge'?"),
     ({"reward": {"function": "exact"}}, "reward_models.judge is used by no part of the reward; write"),
     (
         {"reward": {"parts": {"a": {"model": "judge", "function": "exact"}}}},
@@ -257,7 +258,7 @@ def test_a_prompt_that_the_model_cannot_read_is_refused_at_the_start(policy, jud
     plain = scoring.make_scored(tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
     judges = read_judges(validate_recipe(tree_of(policy, plain)))
-    good = replace(pairs()[0][0], text="2+2?")
+    good = replace(pairs()[0].prompt, text="2+2?")
     check_conversations(judges, [good])
     reader = judges["judge"].reader
     assert reader.whole(good.messages, "4").token_ids == reader.tokenizer.text_ids("2+2?4")

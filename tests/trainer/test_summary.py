@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from grpo_mega import cli
-from grpo_mega.config import validate_recipe
+from grpo_mega.config import GrpoConfig, validate_recipe
+from grpo_mega.data.advantages import with_advantages
 from grpo_mega.errors import ConfigError
 from grpo_mega.trainer.records import RunDirectory
 from grpo_mega.trainer.summary import medians, print_summary
@@ -56,6 +57,7 @@ def test_a_run_by_hand(run):
     groups = [
         Group(Prompt(n, f"question {n}", (1,), "42"), (rollout(0.0, "no"), rollout(n, "x\x1b[2J\ny"))) for n in (1, 2)
     ]
+    groups = with_advantages(groups, GrpoConfig())
     run.write_rollouts(23, groups[:1])
     run.write_rollouts(24, groups)
     lines = summary(run.path)
