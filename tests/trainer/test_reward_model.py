@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from grpo_mega.config import validate_recipe
+from grpo_mega.data.conversations import Reading
 from grpo_mega.errors import ConfigError, DataError
 from grpo_mega.model.families import read_architecture
 from grpo_mega.parallel import mesh
@@ -22,8 +23,7 @@ from grpo_mega.trainer.records import RunDirectory
 from grpo_mega.trainer.reward_model import build_reward_models, check_conversations, read_judges, value_of
 from grpo_mega.types import Completion, Prompt
 
-FAMILIES = ("llama3", "mistral-window", "mixtral", "qwen2-tied", "qwen3", "qwen3_moe-raw", "gemma3", "deepseek_v2",
-            "deepseek_v3")  # fmt: skip
+FAMILIES = ("llama3", "mistral-window", "qwen2-tied", "qwen3_moe-raw", "gemma3", "deepseek_v3")
 PROMPTS = {"2+2?": ("4", "five", "4", "3, or 4: four"), "Name a very long river, please": ("Nile", "I do not know"),
            "x": ("y" * 20,)}  # fmt: skip
 TEXTS = [(prompt, answer) for prompt, answers in PROMPTS.items() for answer in answers]
@@ -61,6 +61,12 @@ def pairs():
     return [Asked(made[p], Completion((1,), (-1.0,), "stop", text=answer), [], []) for p, answer in TEXTS]
 
 
+def stepped(prompt, steps):
+    """A completion in steps."""
+    made = Prompt(0, prompt, (1,), messages=({"role": "user", "content": prompt},))
+    return Asked(made, Completion((1,), (-1.0,), "stop", text="".join(steps)), list(steps), [0] * len(steps))
+
+
 def length(text, answer, row):
     return len(text) % 3
 
@@ -83,6 +89,20 @@ def outcomes(trees):
         first = model.outcomes([several[i] for i in mine])
         assert model.outcomes([several[i] for i in mine]) == first  # host memory brings back what it took
         found.append(dict(zip(mine, first, strict=True)))
+    return found
+
+
+def step_outcomes(trees, texts):
+    """Every rank's values of all the stepped texts, under each recipe."""
+    from megatron.core import parallel_state
+
+    found = []
+    for tree in trees:
+        parallel_state.destroy_model_parallel()
+        recipe = validate_recipe(tree)
+        grid = mesh.initialize(**recipe.parallel.sizes)
+        (model,) = build_reward_models(recipe, read_judges(recipe), grid).values()
+        found.append(model.outcomes([stepped(*text) for text in texts]))
     return found
 
 
@@ -127,6 +147,35 @@ def test_heads_of_two_labels_and_of_tokens(ranks, policy, tmp_path):
         torch.testing.assert_close(scores, wanted, rtol=0, atol=1e-5)
 
 
+STEPPED = [
+    ("1+1? ", ("a is 1\n\n", "so 2")),  # the prompt has a separator of its own
+    ("1+1? ", ("a is 1\n\n", "so 3\n\n", "no")),
+    ("1+1? ", ("so 2",)),
+    ("x", ("1+1\n\n", "2")),  # the completion has: it would choose where it is scored
+]
+
+
+def test_a_process_models_values_are_those_at_its_separators(ranks, policy, tmp_path):
+    folder = scoring.make_scored(tmp_path / "process", kind="Token", labels=2)
+    steps = {"reward": {"model": "judge", "steps": {}}}
+    trees = [
+        tree_of(policy, folder, **steps, reward_models={"judge": {"path": str(folder), "separator": "+", **own}})
+        for own in ({}, {"context": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2})
+    ]
+    (*one, broken), *others = (shares for by_rank in ranks(2, step_outcomes, trees, STEPPED) for shares in by_rank)
+    assert broken == (None, "DataError: the completion holds the separator '+'")
+    for (prompt, texts), (values, fault) in zip(STEPPED, one, strict=False):
+        assert fault is None and len(values) == len(texts)
+        for n, value in enumerate(values):  # transformers', of the conversation that ends at that separator
+            until = "".join(text + "+" for text in texts[: n + 1])
+            (logits,) = scoring.by_transformers(folder, [(prompt, until)], "Token")
+            assert value == pytest.approx(logits.softmax(dim=0)[1].item(), abs=1e-5)
+    for other in others:
+        assert other[-1] == broken
+        for (values, _), (wanted, _) in zip(other, one, strict=False):
+            assert values == pytest.approx(wanted, abs=1e-5)
+
+
 def test_a_score_is_read_before_padding(ranks, policy, tmp_path):
     """transformers reads the last token that is not config.json's pad_token_id, in a batch of padded rows or alone."""
     folder = scoring.make_scored(tmp_path / "padded", pad_token_id=tiny.END)
@@ -145,10 +194,12 @@ def test_layout_packing_and_whereabouts_change_no_score(ranks, policy, judge):
     trees = []
     for parallel, own in LAYOUTS.values():
         tree = tree_of(policy, judge, parallel=parallel, reward_models={"judge": {"path": str(judge), **own}})
-        trees += [tree, tree | {"batch": {"prompts_per_step": 2, "tokens_per_microbatch": 1}}]
-    by_rank = ranks(2, outcomes, trees, timeout=120)
+        trees.append(tree)
+    alone = {"batch": {"prompts_per_step": 2, "tokens_per_microbatch": 1}}  # one conversation a microbatch
+    by_rank = ranks(2, outcomes, [*trees, trees[0] | alone, trees[4] | alone], timeout=120)
+    names = [*LAYOUTS, "DP2, one by one", "CP2, one by one"]
     for n, shares in enumerate(zip(*by_rank, strict=True)):
-        name = list(LAYOUTS)[n // 2] + (", one conversation a microbatch" if n % 2 else "")
+        name = names[n]
         values = shares[0] | shares[1]
         assert sorted(values) == list(range(len(TEXTS))), name
         scores = torch.tensor([values[i][0][0] for i in range(len(TEXTS))])
@@ -231,6 +282,14 @@ REFUSED = [
     ({"judge": {"sequence": True}}, "reward_models.judge: sequence=true needs tensor > 1"),
     ({"judge": {"max_tokens": 1}}, "reward_models.judge.max_tokens=1 should be greater than or equal to 2"),
     ({"judge": {"wight": 1}}, "unknown key reward_models.judge.wight"),
+    (
+        {"judge": {"separator": "+"}},
+        "reward.model=judge scores steps (reward_models.judge.separator is set), and",
+    ),
+    (
+        {"reward": {"model": "judge", "steps": {}}},
+        "reward.model=judge is to score steps, and reward_models.judge",
+    ),
     ({"reward_models": {"a b": {"path": "x"}}}, "reward_models: 'a b' cannot name a model; use letters, digits, _ and"),
 ]
 
@@ -252,6 +311,17 @@ def test_folders_of_other_kinds_are_refused(policy, judge, tmp_path):
     three = scoring.make_scored(tmp_path / "three", labels=3)
     with pytest.raises(ConfigError, match="has 3 labels; a reward model has one"):
         check_cheaply(validate_recipe(tree_of(policy, three)), 1)
+
+
+def test_a_separator_is_one_token(policy, judge):
+    tree = tree_of(policy, judge, reward={"model": "judge", "steps": {}})
+    tree["reward_models"]["judge"]["separator"] = "->"
+    with pytest.raises(DataError, match=r"reward_models\.judge: separator='->' is 2 tokens; use one that is a single"):
+        read_judges(validate_recipe(tree))
+    tree["reward_models"]["judge"]["separator"] = "<|endoftext|>"  # a special one, here and in the template
+    assert read_judges(validate_recipe(tree))["judge"].reader.steps([{"role": "user", "content": "x"}], ["a", "b"]) == (
+        Reading((257, 87, 257, 64, 256, 65, 256), (4, 6))
+    )
 
 
 def test_a_prompt_that_the_model_cannot_read_is_refused_at_the_start(policy, judge, tmp_path):
