@@ -203,12 +203,25 @@ class RewardConfig(Section):
                     "make it per_step: true with reward.steps, or leave the separator out"
                 )
             used.add(part.model)
+        for name, model in known.items():
+            if model.train is not None:
+                self._check_labels(name, model.train.labels)
         for name in known:
             if name not in used:
                 raise ValueError(
                     f"reward_models.{name} is used by no part of the reward; write reward.model={name}, or a part "
                     f"{{model: {name}}} (weight 0: only logged), or leave it out"
                 )
+
+    def _check_labels(self, model: str, labels: str) -> None:
+        part = self.all_parts.get(labels)
+        if part is None or part.function is None or part.per_step:
+            known = [name for name, p in self.all_parts.items() if p.function is not None and not p.per_step]
+            remedy = nearest(labels, known) if known else "; give one, of weight 0 if it is to pay nothing"
+            raise ValueError(
+                f"reward_models.{model}.train.labels={labels} is no part of the reward whose function judges whole "
+                f"completions{remedy}"
+            )
 
     def key(self, name: str) -> str:
         """Where the recipe says what the part `name` is."""

@@ -14,6 +14,7 @@ from grpo_mega.trainer.iterations import restore_reference
 from grpo_mega.trainer.progress import Progress, progress_on
 from grpo_mega.trainer.records import raise_together, write_together, writing
 from grpo_mega.trainer.report import how_to_go_on, report
+from grpo_mega.trainer.reward_replay import restore_reward_models
 from grpo_mega.trainer.setup import Inputs, Run, build_run, read_inputs
 
 
@@ -72,6 +73,7 @@ def resume(run: Run) -> int:
     run.inputs.prompts.restore(state["prompts"])
     run.objective.restore(state.get("objective", {}))
     restore_reference(run, state["step"])
+    restore_reward_models(run, state["step"])
     run.progress.say(f"resuming from {found}: {state['step']} of {run.recipe.run.num_steps} steps are done")
     return state["step"]
 

@@ -114,7 +114,12 @@ class RunDirectory:
             rollouts.mkdir(exist_ok=True)
             _replace(self.path / "recipe.yaml", to_yaml(self.recipe).encode())
             # a run begins with an evaluation of what it starts from, step first_step - 1
-            for name, end in (("metrics", first_step), ("timings", first_step), ("evaluations", first_step - 1)):
+            for name, end in (
+                ("metrics", first_step),
+                ("timings", first_step),
+                ("evaluations", first_step - 1),
+                ("reward_models", first_step - 1),
+            ):
                 file = self.path / f"{name}.jsonl"
                 if file.exists():
                     lines = [json.dumps(record) + "\n" for record in read_lines(file)[0] if record["step"] < end]
@@ -151,6 +156,12 @@ class RunDirectory:
         with writing(self.path):
             self._append("evaluations.jsonl", {"step": step, **values})
             self._curves["evaluation"].add(step, {f"metrics/{name}": value for name, value in values.items()})
+
+    def write_reward_model(self, steps_done: int, name: str, values: Mapping[str, float]) -> None:
+        """A line of reward_models.jsonl: what a reward model learned after so many steps."""
+        with writing(self.path):
+            self._append("reward_models.jsonl", {"step": steps_done, "model": name, **values})
+            self._curves["training"].add(steps_done, {f"{name}/{key}": value for key, value in values.items()})
 
     def close(self) -> None:
         """Every line is on disk already: what remains is to let go of the curves' files."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from grpo_mega.errors import DataError
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.families import read_scored
+from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh, another_layout
 from grpo_mega.rewards.score import Asked, Outcome
@@ -91,10 +93,15 @@ class RewardModel:
         dtype = DTYPES[config.dtype or recipe.precision.dtype]
         with own.active():
             model = build_model(arch, own, layout, dtype=dtype, trainable=False)
-        scorer = Scorer(ScoreHead(model, own))
-        self._scorer, self._dtype = Reference(scorer, mesh, offload=config.offload), scorer.dtype
-        self._judge, self._mesh, self._multiple = judge, mesh, layout.row_multiple
-        self._capacity = recipe.batch.tokens_per_microbatch
+        scorer, self.layers = Scorer(ScoreHead(model, own)), layers_per_stage(arch, layout.stages)
+        self._scorer = Reference(scorer, mesh, offload=config.offload, layers=self.layers)
+        self.judge, self.layout, self.own, self.capacity = judge, layout, own, recipe.batch.tokens_per_microbatch
+        self.folder, self._mesh, self._dtype = Path(config.path), mesh, scorer.dtype
+
+    def load(self, folder: Path) -> None:
+        """Become the reward model of another folder, of the same shape. Every rank must call."""
+        self._scorer.load(folder, read=read_scored)
+        self.folder = folder
 
     def outcomes(self, asked: Sequence[Asked], tick: Tick = silent) -> list[Outcome]:
         """The values of each of this data rank's completions (of a process reward model: one a step), or why it has
@@ -115,14 +122,14 @@ class RewardModel:
         batches = equalize(
             samples_of([one for one in read if not isinstance(one, str)]),
             1,
-            self._capacity,
+            self.capacity,
             self._mesh,
             self._dtype,
-            also=self._multiple,
-            pair_cost=pair_cost_of(self._judge.arch),
+            also=self.layout.row_multiple,
+            pair_cost=pair_cost_of(self.judge.arch),
         )
         scores = scores_by_slot(batches, self._scorer.logprobs(batches, tick), self._mesh)
-        labels, found = self._judge.arch.labels, list[Outcome]()
+        labels, found = self.judge.arch.labels, list[Outcome]()
         for what in read:
             if isinstance(what, str):
                 found.append((None, what))
@@ -133,7 +140,7 @@ class RewardModel:
         return found
 
     def _read(self, asked: Asked) -> Reading:
-        reader, messages = self._judge.reader, asked.prompt.messages
+        reader, messages = self.judge.reader, asked.prompt.messages
         return (
             reader.whole(messages, asked.completion.text)
             if reader.separator is None
