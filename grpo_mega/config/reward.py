@@ -100,7 +100,24 @@ class PartConfig(Section):
 class StepsConfig(Section):
     """Process supervision: where a completion's reasoning steps end (rewards/steps)."""
 
-    delimiter: Name = "\n\n"
+    delimiter: Name | None = None  # in the text; default: "\n\n"
+    every_tokens: Positive | None = None  # or steps of so many tokens each (segments, as of arXiv:2505.23564)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> StepsConfig:
+        if self.delimiter is not None and self.every_tokens is not None:
+            raise ValueError(
+                f"reward.steps.delimiter={self.delimiter!r} and every_tokens={self.every_tokens} are two ways to mark "
+                "a step's end; give one of them"
+            )
+        return self
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """As `rewards/steps` takes them."""
+        if self.every_tokens is not None:
+            return {"every": self.every_tokens}
+        return {"delimiter": self.delimiter or "\n\n"}
 
 
 class RewardConfig(Section):
@@ -143,7 +160,7 @@ class RewardConfig(Section):
             )
         if self.steps is not None and not scoring:
             raise ValueError(
-                f"reward.steps={self.steps.model_dump()} marks reasoning steps, and no part scores them; give one "
+                f"reward.steps={self.steps.marks} marks reasoning steps, and no part scores them; give one "
                 "per_step: true, or leave reward.steps out"
             )
         for name in scoring:

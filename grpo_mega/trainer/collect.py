@@ -65,7 +65,7 @@ def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Co
     """Rewards: of models by all ranks together, of functions once a completion (by one rank of each replica), and told
     to the replica's others."""
     groups, reward, rule = None, run.inputs.reward, run.recipe.reward
-    marks = None if rule.steps is None else Marks(rule.steps.delimiter, run.inputs.tokenizer.decode)
+    marks = None if rule.steps is None else Marks(run.inputs.tokenizer.decode, **rule.steps.marks)
     asked = asked_about(prompts, completions, rule.truncated, marks) if run.reward_models else []
     given = {name: model.outcomes(asked, run.progress.tick) for name, model in run.reward_models.items()}
     if run.mesh.leads_replica:

@@ -281,7 +281,7 @@ def test_the_first_fault():
 def stepwise(pieces: list[str], parts: list[Part], truncated: Any = "reward", reason: Any = "stop") -> Rollout:
     """A completion whose tokens are the pieces, under process supervision with marks of ";"."""
     one = Completion(tuple(range(len(pieces))), (0.0,) * len(pieces), reason, "".join(pieces))
-    marks = Marks(";", lambda ids: "".join(pieces[i] for i in ids))
+    marks = Marks(lambda ids: "".join(pieces[i] for i in ids), delimiter=";")
     (group,) = score_groups([PROMPT], [[one]], parts, truncated=truncated, truncation_reward=-0.5, marks=marks)
     return group.rollouts[0]
 
@@ -348,7 +348,7 @@ def test_a_models_outcomes_are_given():
 def test_a_process_models_outcomes_are_one_a_step():
     ids = tuple(b"a\n\nb")
     completion = Completion(ids, (-1.0,) * 4, "stop", text="a\n\nb")
-    marks = Marks("\n\n", lambda ids: bytes(ids).decode())
+    marks = Marks(lambda ids: bytes(ids).decode(), delimiter="\n\n")
     parts = [Part("judge", 2.0, None, per_step=True, model="rm")]
     rule = {"truncated": "reward", "truncation_reward": 0.0, "marks": marks}
     ((rollout,),) = (g.rollouts for g in score_groups([Prompt(0, "", (1,))], [[completion]], parts,
