@@ -151,8 +151,8 @@ def ranks_to_fill(recipe: Recipe) -> int:
     """Whole model replicas, as many as this machine has GPUs, or cores and memory, for; between one and one a prompt.
     Where sampling, the reference or a reward model has a layout of its own, they divide into its replicas too.
 
-    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference), 4 of a reward
-    model, and 3 GiB to work in.
+    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference), 4 a parameter of a
+    reward model (20 of one that is trained), and 3 GiB to work in.
     """
     from grpo_mega.model.families import read_architecture, read_scored
     from grpo_mega.parallel.device import free_memory_bytes, local_devices
@@ -165,7 +165,8 @@ def ranks_to_fill(recipe: Recipe) -> int:
     for config in recipe.reward_models.values():
         model = read_scored(config.path)
         whole = lcm(whole, judging_layout(config, recipe.parallel, model).replica)
-        need += 4 * (model.num_layers * model.layer_parameters + model.hidden_size * model.vocab_size)
+        weights = model.num_layers * model.layer_parameters + model.hidden_size * model.vocab_size
+        need += (4 if config.train is None else 20) * weights
     fit = free_memory_bytes() // need
     return max(1, min(local_devices(), replica * recipe.batch.prompts_per_step, replica * fit) // whole) * whole
 

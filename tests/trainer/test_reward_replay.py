@@ -21,9 +21,8 @@ def even(text, answer, row):
     return float(len(text) % 2 == 0)
 
 
-def train(trees):
-    for tree in trees:
-        main.train(validate_recipe(tree))
+def train(tree):
+    main.train(validate_recipe(tree))
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +60,11 @@ def value(row, name):
 
 def test_it_learns_from_the_last_steps_and_earlier_ones(ranks, tree, tmp_path):
     """Losses and rewards are transformers', on the folders that the run leaves; a share of 1/2 replays everything."""
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole = tmp_path / "whole"
     own = tree["reward_models"]["rm"] | {"pipeline": 2, "offload": True}
-    one = tree | {"run": tree["run"] | {"directory": str(whole)}, "reward_models": {"rm": own}}
-    ranks(2, train, [one], timeout=120)
-    for steps in (3, 5):
-        ranks(2, train, [tree | {"run": tree["run"] | {"directory": str(halves), "num_steps": steps}}], timeout=120)
+    for steps, model in ((3, own), (5, tree["reward_models"]["rm"])):  # goes on in the middle of an iteration
+        run = tree["run"] | {"directory": str(whole), "num_steps": steps}
+        ranks(2, train, tree | {"run": run, "reward_models": {"rm": model}}, timeout=120)
     first, second = lines(whole, "reward_models.jsonl")
     assert (first["step"], first["completions"], first["replayed"]) == (2, 12, 0)
     assert (second["step"], second["completions"], second["replayed"]) == (4, 24, 12)
@@ -87,11 +85,6 @@ def test_it_learns_from_the_last_steps_and_earlier_ones(ranks, tree, tmp_path):
         rows = rows_of(whole, *steps)
         wanted = scoring.by_transformers(folders[began], [(row["prompt"], row["text"]) for row in rows])[:, 0]
         assert [value(row, "judge") for row in rows] == pytest.approx(wanted.tolist(), abs=1e-5)
-    for again, record in zip(lines(halves, "reward_models.jsonl"), (first, second), strict=True):
-        assert again.pop("model") == record.pop("model") == "rm"
-        assert again == pytest.approx(record, rel=1e-4, abs=1e-4)
-    for again, step in zip(lines(halves, "metrics.jsonl"), lines(whole, "metrics.jsonl"), strict=True):
-        assert again["reward/judge"] == pytest.approx(step["reward/judge"], abs=1e-4)
 
 
 def test_iterations():
