@@ -1,4 +1,5 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `eval`, `report`, `selftest`, `convert`.
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `eval` and `reward` alike, `report`,
+`selftest`, `convert`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
 A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
@@ -13,9 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from math import lcm
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import GrpoMegaError
+
+if TYPE_CHECKING:
+    from grpo_mega.config.reward_training import RewardRecipe
 
 LAUNCHER_SECONDS = 2.0  # a launcher needs to see that a rank has failed and to end the others
 
@@ -33,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
     parser, commands = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if options.command not in ("train", "eval") and overrides:
+    if options.command not in ("train", "eval", "reward") and overrides:
         commands[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         if options.command == "selftest":
@@ -52,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
             return _report(options.directory)
         if options.command == "eval":
             return _evaluate(options, overrides, arguments)
+        if options.command == "reward":
+            return _train_reward(options.recipe, overrides, options.ranks, arguments)
         return _train(options.recipe, overrides, options.ranks, arguments)
     except GrpoMegaError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
@@ -73,8 +80,6 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         description="Train a policy by GRPO. Any recipe key can be given as --section.key value.",
         allow_abbrev=False,
     )
-    train.add_argument("recipe", help="a YAML file")
-    train.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
     evaluation = commands.add_parser(
         "eval",
         help="evaluate a model on held-out problems",
@@ -82,8 +87,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "95 % interval. Any recipe key can be given as --section.key value.",
         allow_abbrev=False,
     )
-    evaluation.add_argument("recipe", help="a YAML file")
-    evaluation.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
+    reward = commands.add_parser(
+        "reward",
+        help="train a reward model from preferences or labels",
+        description="Train a reward model from {prompt, chosen, rejected} or {prompt, completion, label}. Any recipe "
+        "key can be given as --section.key value.",
+        allow_abbrev=False,
+    )
+    for command in (train, evaluation, reward):
+        command.add_argument("recipe", help="a YAML file")
+        command.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
     evaluation.add_argument(
         "--output", metavar="DIR", help="where results go (default: run.directory/evaluations/NAME, the model folder's)"
     )
@@ -111,7 +124,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "and logits of both sides are compared; what differs is not published (exit code 1).",
     )
     _add_convert(convert)
-    return parser, {"train": train, "eval": evaluation, "report": report, "selftest": check, "convert": convert}
+    named = {"train": train, "eval": evaluation, "reward": reward, "report": report, "selftest": check}
+    return parser, named | {"convert": convert}
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -148,73 +162,117 @@ def _report(directory: str) -> int:
 
 def ranks_to_fill(recipe: Recipe, *, trains: bool = True) -> int:
     """Whole model replicas, as many as this machine has GPUs, or cores and memory, for; between one and one a prompt.
-    Where sampling or the reference has a layout of its own, they divide into its replicas too.
+    Where sampling, the reference or a reward model has a layout of its own, they divide into its replicas too.
 
-    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference) and 3 GiB to work in;
-    one that only samples (not `trains`: the layout is sampling's) 4 bytes and as much.
+    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference; 4 where the layout is
+    sampling's and nothing `trains`), 4 a parameter of a reward model (20 of one that is trained), and 3 GiB to work in.
     """
-    from grpo_mega.model.families import read_architecture
+    from grpo_mega.model.families import read_architecture, read_scored
     from grpo_mega.parallel.device import free_memory_bytes, local_devices
-    from grpo_mega.trainer.check import sampling_layout
+    from grpo_mega.trainer.check import judging_layout, sampling_layout
 
     arch = read_architecture(recipe.model.path)
     parameters = arch.num_layers * arch.layer_parameters + 2 * arch.head_parameters
-    sampling = sampling_layout(recipe).replica
-    replica = recipe.parallel.replica if trains else sampling
-    whole = lcm(replica, sampling, (recipe.reference.layout or recipe.parallel).replica) if trains else sampling
+    sampling = sampling_layout(recipe)
+    training = recipe.parallel if trains else sampling
+    replica = training.replica
+    whole = lcm(replica, sampling.replica, (recipe.reference.layout or training).replica if trains else 1)
     prompts, bytes_each = (recipe.batch.prompts_per_step, 20) if trains else (recipe.data.heldout, 4)
-    fit = free_memory_bytes() // (bytes_each * parameters + (3 << 30))
+    need = bytes_each * parameters + (3 << 30)
+    for config in recipe.reward_models.values():
+        model = read_scored(config.path)
+        whole = lcm(whole, judging_layout(config, training, model).replica)
+        weights = model.num_layers * model.layer_parameters + model.hidden_size * model.vocab_size
+        need += (20 if config.train is not None and trains else 4) * weights
+    fit = free_memory_bytes() // need
     return max(1, min(local_devices(), replica * prompts, replica * fit) // whole) * whole
+
+
+def reward_ranks_to_fill(recipe: RewardRecipe) -> int:
+    """As `ranks_to_fill`, of a reward model: between one replica and one a row of a step, 16 bytes a parameter."""
+    from grpo_mega.model.families import read_trunk
+    from grpo_mega.parallel.device import free_memory_bytes, local_devices
+
+    arch, _ = read_trunk(recipe.model.path)
+    parameters = arch.num_layers * arch.layer_parameters + arch.hidden_size * arch.vocab_size
+    replica = recipe.parallel.replica
+    fit = free_memory_bytes() // (16 * parameters + (3 << 30))
+    return max(1, min(local_devices(), replica * recipe.batch.examples_per_step, replica * fit) // replica) * replica
 
 
 def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
     recipe = load_recipe(path, overrides)
-    if "RANK" in os.environ:
-        _quiet()
+
+    def work() -> None:
         from grpo_mega.trainer.main import train
 
-        return _as_rank(lambda: train(recipe))
-    from grpo_mega.trainer.check import check_cheaply
+        train(recipe)
 
-    ranks = ranks_to_fill(recipe) if ranks is None else ranks
-    check_cheaply(recipe, ranks)
-    return _start(ranks, arguments)
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_cheaply
+
+        check_cheaply(recipe, count)
+
+    return _on_ranks(work, check, lambda: ranks_to_fill(recipe) if ranks is None else ranks, arguments)
 
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str], arguments: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, overrides)
-    if "RANK" in os.environ:
-        _quiet()
+
+    def work() -> None:
         from grpo_mega.trainer.standalone import evaluate_model
 
-        return _as_rank(lambda: evaluate_model(recipe, options.output))
-    from grpo_mega.trainer.check import check_evaluation, check_output
+        evaluate_model(recipe, options.output)
 
-    ranks = ranks_to_fill(recipe, trains=False) if options.ranks is None else options.ranks
-    check_output(recipe, options.output)
-    check_evaluation(recipe, ranks)
-    return _start(ranks, arguments)
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_evaluation, check_output
 
+        check_output(recipe, options.output)
+        check_evaluation(recipe, count)
 
-def _quiet() -> None:
-    from grpo_mega.parallel.device import quiet_megatron
-
-    quiet_megatron()
+    return _on_ranks(
+        work, check, lambda: ranks_to_fill(recipe, trains=False) if options.ranks is None else options.ranks, arguments
+    )
 
 
-def _as_rank(work: Callable[[], None]) -> int:
-    try:
-        work()
-    except RuntimeError:
-        # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
-        # and is to be quicker than a traceback that explains nothing
-        time.sleep(LAUNCHER_SECONDS if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
-        raise
-    return 0
+def _train_reward(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
+    from grpo_mega.config.loading import load_as
+    from grpo_mega.config.reward_training import RewardRecipe
+
+    recipe = load_as(RewardRecipe, path, overrides)
+
+    def work() -> None:
+        from grpo_mega.trainer.reward_main import train_reward
+
+        train_reward(recipe)
+
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_reward
+
+        check_reward(recipe, count)
+
+    return _on_ranks(work, check, lambda: reward_ranks_to_fill(recipe) if ranks is None else ranks, arguments)
 
 
-def _start(ranks: int, arguments: Sequence[str]) -> int:
+def _on_ranks(
+    work: Callable[[], None], check: Callable[[int], None], ranks: Callable[[], int], arguments: Sequence[str]
+) -> int:
+    """Do a rank's work under a launcher; without one, check what can be checked and be the launcher."""
+    if "RANK" in os.environ:
+        from grpo_mega.parallel.device import quiet_megatron
+
+        quiet_megatron()
+        try:
+            work()
+        except RuntimeError:
+            # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
+            # and is to be quicker than a traceback that explains nothing
+            time.sleep(LAUNCHER_SECONDS if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
+            raise
+        return 0
     from grpo_mega.parallel.launch import start_ranks
 
-    print(f"grpo_mega: starting {ranks} ranks; torch and megatron-core take some seconds to load", flush=True)
-    return start_ranks(ranks, ["-m", "grpo_mega", *arguments])
+    count = ranks()
+    check(count)
+    print(f"grpo_mega: starting {count} ranks; torch and megatron-core take some seconds to load", flush=True)
+    return start_ranks(count, ["-m", "grpo_mega", *arguments])

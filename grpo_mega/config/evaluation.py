@@ -14,7 +14,8 @@ Ks = Annotated[tuple[Positive, ...], Field(strict=False)]
 
 class EvaluationConfig(Section):
     completions: Positive = 4  # of each held-out problem
-    pass_at: Ks = (1,)  # pass@k: at least one of k completions is correct
+    # pass@k: at least one of k completions is correct; default: 1, where the reward says which are
+    pass_at: Ks | None = None
     maj_at: Ks = ()  # maj@k: most of k completions that have an answer have the right one
     # the part of the reward whose value of 1 makes a completion correct; default: the first that compares with the
     # answer, or the only one that could tell
@@ -24,7 +25,7 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _ks(self) -> EvaluationConfig:
-        for key, several in (("pass_at", self.pass_at), ("maj_at", self.maj_at)):
+        for key, several in (("pass_at", self.pass_at or ()), ("maj_at", self.maj_at)):
             if len(set(several)) < len(several):
                 raise ValueError(f"evaluation.{key}={list(several)} names a k twice; leave one out")
             if several and max(several) > self.completions:
@@ -34,7 +35,7 @@ class EvaluationConfig(Section):
                     f"{max(several)} completions of one problem, and there are {self.completions}; set "
                     f"evaluation.completions={max(several)} or more, or ask for a smaller k"
                 )
-        if self.correct is not None and not (self.pass_at or self.maj_at):
+        if self.correct is not None and self.pass_at == () and not self.maj_at:
             raise ValueError(
                 f"evaluation.correct={self.correct!r} would never be used with pass_at=[] and maj_at=[]; leave it out, "
                 "or ask for a k"
@@ -51,7 +52,7 @@ class EvaluationConfig(Section):
 
         Raises ValueError where the recipe does not decide it, or where maj@k finds no answers to count.
         """
-        if not (self.pass_at or self.maj_at):
+        if self.pass_at == () and not self.maj_at:
             return None
         parts = reward.all_parts
         if self.correct is not None and self.correct not in parts:
@@ -59,6 +60,8 @@ class EvaluationConfig(Section):
                 f"evaluation.correct={self.correct!r} is no part of the reward{nearest(self.correct, parts)}"
             )
         name = self.correct or _decisive(parts)
+        if name is None and self.pass_at is None and not self.maj_at:
+            return None
         if name is None:
             asked = "pass_at" if self.pass_at else "maj_at"
             raise ValueError(
@@ -74,6 +77,12 @@ class EvaluationConfig(Section):
             )
         return name
 
+    def passes(self, reward: RewardConfig) -> tuple[int, ...]:
+        """The k of pass@k."""
+        if self.pass_at is not None:
+            return self.pass_at
+        return () if self.correct_part(reward) is None else (1,)
+
 
 def has_answers(part: PartConfig) -> bool:
     """Whether a part takes an answer out of a completion, and compares it with the reference."""
@@ -86,7 +95,10 @@ def _decisive(parts: dict[str, PartConfig]) -> str | None:
     comparing = [name for name, part in parts.items() if has_answers(part)]
     if comparing:
         return comparing[0]
-    own = [name for name, part in parts.items() if part.function not in OPTIONS or part.function == "regex"]
+    functions = {
+        name: part for name, part in parts.items() if part.function is not None
+    }  # a model's score is no verdict
+    own = [name for name, part in functions.items() if part.function not in OPTIONS or part.function == "regex"]
     shape = [name for name, part in parts.items() if part.function == "format"]
     candidates = own or shape  # a length penalty is never 1
     return candidates[0] if len(candidates) == 1 else None

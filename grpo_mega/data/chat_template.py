@@ -9,15 +9,18 @@ from grpo_mega.data.rows import Message
 from grpo_mega.errors import DataError
 
 
-def apply_template(tokenizer: Any, messages: Sequence[Message], origin: str, *, tokenize: bool) -> Any:
-    """transformers' rendering of `messages`, with the template's call for an answer: token ids, or text.
+def apply_template(
+    tokenizer: Any, messages: Sequence[Message], origin: str, *, tokenize: bool, answered: bool = False
+) -> Any:
+    """transformers' rendering of `messages`, with the template's call for an answer unless it is among them
+    (`answered`): token ids, or text.
 
     tokenizer: one of transformers', with a chat template that was read from `origin`.
     Raises DataError when the template is wrong or refuses the messages.
     """
     try:
         return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=tokenize, return_dict=False
+            list(messages), add_generation_prompt=not answered, tokenize=tokenize, return_dict=False
         )
     except Exception as error:  # a template is a program of the model's: jinja2's errors, and whatever it raises
         line = getattr(error, "lineno", None)
@@ -25,6 +28,11 @@ def apply_template(tokenizer: Any, messages: Sequence[Message], origin: str, *, 
         system = any(message["role"] == "system" for message in messages)
         remedy = "leave the system message (data.system) out, or " if system else ""
         raise DataError(f"the chat template of {where} failed ({error}); {remedy}mend the template") from None
+
+
+def with_answer(messages: Sequence[Message], answer: str) -> list[Message]:
+    """The conversation with the policy's answer at its end."""
+    return [*messages, {"role": "assistant", "content": answer}]
 
 
 def without_template(messages: Sequence[Message], name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.data.chat_template import apply_template, without_template
+from grpo_mega.data.chat_template import apply_template, with_answer, without_template
 from grpo_mega.data.rows import Message
 from grpo_mega.errors import DataError
 
@@ -31,6 +31,12 @@ class HuggingFaceTokenizer:
         if not self._tokenizer.chat_template:
             return self.text_ids(without_template(messages, self._name))
         return tuple(apply_template(self._tokenizer, messages, self._template_origin, tokenize=True))
+
+    def conversation_ids(self, messages: Sequence[Message], answer: str) -> tuple[int, ...]:
+        if not self._tokenizer.chat_template:
+            return self.text_ids(without_template(messages, self._name) + answer)
+        whole = with_answer(messages, answer)
+        return tuple(apply_template(self._tokenizer, whole, self._template_origin, tokenize=True, answered=True))
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text))

@@ -66,7 +66,8 @@ class Renderer:
         if overlong and self.overlong == "skip":
             return None, True
         token_ids = token_ids[-self.limit :]
-        return Prompt(index=index, text=text, token_ids=token_ids, answer=row["answer"], row=row["fields"]), overlong
+        prompt = Prompt(index, text, token_ids, answer=row["answer"], row=row["fields"], messages=tuple(messages))
+        return prompt, overlong
 
     def _messages(self, row: Row) -> tuple[list[Message], str]:
         """The conversation, and its last user message: there data.instruction surrounds what the row says."""

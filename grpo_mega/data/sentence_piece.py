@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.data.chat_template import apply_template, without_template
+from grpo_mega.data.chat_template import apply_template, with_answer, without_template
 from grpo_mega.data.rows import Message
 from grpo_mega.errors import DataError
 
@@ -68,8 +68,17 @@ class SentencePieceTokenizer:
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if self._renderer is None:
             return self.text_ids(without_template(messages, self._name))
+        return self._rendered(messages, answered=False)
+
+    def conversation_ids(self, messages: Sequence[Message], answer: str) -> tuple[int, ...]:
+        if self._renderer is None:
+            return self.text_ids(without_template(messages, self._name) + answer)
+        return self._rendered(with_answer(messages, answer), answered=True)
+
+    def _rendered(self, messages: Sequence[Message], *, answered: bool) -> tuple[int, ...]:
         marked = [{**message, "content": self._marked(message["content"])} for message in messages]
-        return tuple(self._ids(apply_template(self._renderer, marked, self._template_origin, tokenize=False)))
+        text = apply_template(self._renderer, marked, self._template_origin, tokenize=False, answered=answered)
+        return tuple(self._ids(text))
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         bos = [self._bos] if self._adds_bos and self._bos is not None else []

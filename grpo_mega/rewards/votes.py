@@ -42,6 +42,7 @@ def voter(part: PartConfig) -> Voter:
 
     An answer that cannot be read within the part's time limit does not vote.
     """
+    assert part.function is not None, "a model's score has no answer"
     options: Any = OPTIONS[part.function].model_validate(part.options)
     if part.function == "math_verify":
         return lambda texts, answer, row: math_verify.votes(options, texts)

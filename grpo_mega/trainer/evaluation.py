@@ -6,7 +6,7 @@ and judged there, and come back to every rank in the problems' order, so that no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,12 @@ from grpo_mega.config import Recipe
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.rewards.estimates import Estimate, majority_at_k, mean_estimate, pass_at_k, share_estimate
-from grpo_mega.rewards.resolve import Part
-from grpo_mega.rewards.score import first_fault, score_groups
-from grpo_mega.rewards.steps import Marks
+from grpo_mega.rewards.score import first_fault
 from grpo_mega.rewards.votes import Verdict, judge, voter
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.lines import bracketed
 from grpo_mega.trainer.records import write_together
+from grpo_mega.trainer.scoring import Scoring
 from grpo_mega.types import Completion, Group, Prompt
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ class Examination:
 
     recipe: Recipe
     prompts: Sequence[Prompt]
-    reward: Sequence[Part]
-    decode: Callable[[Sequence[int]], str]
+    scoring: Scoring
     sampler: Sampler
     mesh: Mesh
 
@@ -82,7 +80,7 @@ def examine(exam: Examination, step: int) -> Evaluation:
     prompts, mesh, count = exam.prompts, exam.mesh, exam.recipe.evaluation.completions
     mine = mesh.share(len(prompts))
     sampled = exam.sampler.sample(prompts, mine, count, step)
-    own = _judged(exam, [prompts[i] for i in mine], sampled) if mesh.leads_replica else None
+    own = _judged(exam, [prompts[i] for i in mine], sampled)
     own = collectives.broadcast_object(collectives.broadcast_object(own, mesh.replica.group), mesh.context.group)
     everything = [pair for share in collectives.gather_objects(own, mesh.data.group) for pair in share]
     everything.sort(key=lambda pair: -pair[0].prompt.index)
@@ -92,18 +90,13 @@ def examine(exam: Examination, step: int) -> Evaluation:
 
 def _judged(
     exam: Examination, prompts: Sequence[Prompt], sampled: Sequence[Sequence[Completion]]
-) -> list[tuple[Group, Verdict]]:
-    """This replica's groups and what is to be thought of them; asked for once a completion, by one rank."""
+) -> list[tuple[Group, Verdict]] | None:
+    """This replica's groups and what is to be thought of them, on its leader; None elsewhere. Every rank must call."""
     reward, rule = exam.recipe.reward, exam.recipe.evaluation
     bare = [[replace(completion, kept=None) for completion in several] for several in sampled]
-    groups = score_groups(
-        prompts,
-        bare,
-        exam.reward,
-        truncated=reward.truncated,
-        truncation_reward=reward.truncation_reward,
-        marks=None if reward.steps is None else Marks(exam.decode, **reward.steps.marks),
-    )
+    groups = exam.scoring.by_leader(prompts, bare)
+    if groups is None:
+        return None
     name = rule.correct_part(reward)
     vote = voter(reward.all_parts[name]) if rule.maj_at and name is not None else None
     return [(group, judge(group, name, vote)) for group in groups]
@@ -122,7 +115,7 @@ def estimates_of(groups: Sequence[Group], verdicts: Sequence[Verdict], recipe: R
 
     estimates = {"reward": mean_estimate(means([[rollout.reward for rollout in of] for of in rollouts]))}
     counts = [verdict.counts for verdict in verdicts]
-    for k in recipe.evaluation.pass_at:
+    for k in recipe.evaluation.passes(recipe.reward):
         passed = [pass_at_k(correct + sum(others) + silent, correct, k) for correct, others, silent in counts]
         estimates[f"pass@{k}"] = share_estimate(passed, draws)
     for k in recipe.evaluation.maj_at:
@@ -135,11 +128,10 @@ def estimates_of(groups: Sequence[Group], verdicts: Sequence[Verdict], recipe: R
 
 def evaluate(run: Run, steps_done: int) -> Evaluation:
     """Examine a run's policy on its held-out problems and record what came out. Every rank must call."""
-    inputs, decode = run.inputs, run.inputs.tokenizer.decode
-    exam = Examination(run.recipe, inputs.heldout, inputs.reward, decode, run.examiner, run.mesh)
+    exam = Examination(run.recipe, run.inputs.heldout, run.scoring, run.examiner, run.mesh)
     with run.progress.task("held-out accuracy", f" after {steps_done} steps") as task:
         evaluation = examine(exam, steps_done)
         task.result = evaluation.line()
     record: dict[str, Any] = evaluation.record()
-    write_together(run.mesh, lambda: run.inputs.directory.write_evaluation(steps_done, record))
+    write_together(run.mesh, lambda: run.inputs.directory.write_heldout(steps_done, record))
     return evaluation

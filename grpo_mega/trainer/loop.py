@@ -1,7 +1,7 @@
 """GRPO, arXiv:2402.03300, algorithm 1: the page that everything else serves.
 
 It never compares a rank: layouts, precision, samplers and the variants of the method live behind the parts that it puts
-to work. Outer iterations (a reference that is refreshed) are `refresh_reference`'s; steps are the paper's inner ones.
+to work. Outer iterations are `refresh_reference`'s and `train_reward_models`'; steps are the paper's inner ones.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from grpo_mega.trainer.evaluation import evaluate
 from grpo_mega.trainer.iterations import refresh_reference
 from grpo_mega.trainer.penalty import penalised
 from grpo_mega.trainer.records import StepCost, group_metrics, step_timings, write_together
+from grpo_mega.trainer.reward_replay import train_reward_models
 from grpo_mega.trainer.setup import Run
 from grpo_mega.types import Mean, Metrics, Microbatch, add_metrics
 
@@ -32,6 +33,7 @@ def train(run: Run, start: int = 0) -> None:
     unscored, pair_cost = 0, pair_cost_of(run.inputs.arch)
     for step in range(start, steps):
         refresh_reference(run, step)
+        train_reward_models(run, step)
         progress.begin_step(step + 1, steps)
         groups = collect(run, step)
         metrics = step_metrics(run, step, groups)

@@ -6,7 +6,7 @@ from contextlib import closing
 
 from grpo_mega.config import Recipe
 from grpo_mega.data.tokenizer import export_tokenizer
-from grpo_mega.errors import CheckpointError, RunDirectoryError
+from grpo_mega.errors import RunDirectoryError
 from grpo_mega.model import bridge
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer import checkpoint, loop
@@ -15,6 +15,7 @@ from grpo_mega.trainer.iterations import restore_reference
 from grpo_mega.trainer.progress import Progress, progress_on
 from grpo_mega.trainer.records import raise_together, write_together, writing
 from grpo_mega.trainer.report import how_to_go_on, report
+from grpo_mega.trainer.reward_replay import restore_reward_models
 from grpo_mega.trainer.setup import Inputs, Run, build_run, read_inputs
 
 
@@ -66,20 +67,14 @@ def export(run: Run) -> None:
 
 def resume(run: Run) -> int:
     """Load the run directory's latest checkpoint, if any; the number of steps already done."""
-    mine = failure = None
-    if run.mesh.is_writer:  # it decides: every rank must go on from the same step, or none
-        try:
-            mine = checkpoint.latest(run.inputs.directory.checkpoints)
-        except CheckpointError as error:
-            failure = error
-    raise_together(run.mesh, failure)
-    found = collectives.broadcast_object(mine, run.mesh.world.group)
+    found = checkpoint.latest_together(run.inputs.directory.checkpoints, run.mesh)
     if found is None:
         return 0
     state = checkpoint.load(found, run.policy)
     run.inputs.prompts.restore(state["prompts"])
     run.objective.restore(state.get("objective", {}))
     restore_reference(run, state["step"])
+    restore_reward_models(run, state["step"])
     run.progress.say(f"resuming from {found}: {state['step']} of {run.recipe.run.num_steps} steps are done")
     return state["step"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ _BEFORE = {
     "prompt_index": pa.int64(),  # position in the endless prompt stream; -1, -2, ... of held-out problems
     "completion": pa.int32(),  # its number in the group
     "prompt": pa.string(),
+    "messages": pa.string(),  # the conversation that prompt_token_ids render, {role, content} each, as JSON
     "prompt_token_ids": pa.list_(pa.int32()),
     "text": pa.string(),  # the completion's
     "token_ids": pa.list_(pa.int32()),  # with the stop token, if it was sampled
@@ -89,6 +91,7 @@ def _rows(step: int, group: Group) -> list[dict[str, Any]]:
             "prompt_index": group.prompt.index,
             "completion": number,
             "prompt": _text(group.prompt.text),
+            "messages": json.dumps(group.prompt.messages),
             "prompt_token_ids": group.prompt.token_ids,
             "text": _text(rollout.completion.text),
             "token_ids": rollout.completion.token_ids,

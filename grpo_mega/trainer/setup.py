@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -27,11 +27,14 @@ from grpo_mega.rewards.resolve import Part, check_row, resolve_reward
 from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply, sampling_layout
+from grpo_mega.trainer.heads import TokenHead
 from grpo_mega.trainer.objective import StepObjective
 from grpo_mega.trainer.policy import Policy
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.records import RunDirectory
 from grpo_mega.trainer.reference import Reference, build_reference
+from grpo_mega.trainer.reward_model import Judge, RewardModel, build_reward_models, check_conversations, read_judges
+from grpo_mega.trainer.scoring import Scoring
 from grpo_mega.types import Prompt
 
 
@@ -47,6 +50,7 @@ class Inputs:
     reward: tuple[Part, ...]
     directory: RunDirectory
     layers: tuple[int, ...]
+    judges: Mapping[str, Judge] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,15 @@ class Run:
     mesh: Mesh
     policy: Policy
     reference: Reference | None
+    scoring: Scoring
     sampler: Sampler
     examiner: Sampler  # of held-out problems
     objective: StepObjective
     progress: Progress
+
+    @property
+    def reward_models(self) -> Mapping[str, RewardModel]:
+        return self.scoring.models
 
 
 def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
@@ -79,6 +88,8 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     prompts, heldout, counts = prompts_of(
         corpus, render, seed=recipe.run.seed, render_heldout=heldout_renderer(recipe, tokenizer, arch)
     )
+    judges = read_judges(recipe)
+    check_conversations(judges, [*prompts.everything(), *heldout])
     return Inputs(
         arch=arch,
         tokenizer=tokenizer,
@@ -86,6 +97,7 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         heldout=heldout,
         data=counts,
         reward=reward,
+        judges=judges,
         directory=directory,
         layers=layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout),
     )
@@ -106,10 +118,7 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         arch, mesh, recipe.parallel, dtype=dtype, recompute=recipe.model.recompute, moe=recipe.moe, tick=progress.tick
     )
     policy = Policy(
-        model,
-        arch.vocab_size,
-        mesh,
-        recipe.sampling.temperature,
+        TokenHead(model, arch.vocab_size, mesh, recipe.sampling.temperature),
         recipe.optimizer,
         recipe.run.num_steps,
         overlap=recipe.parallel.overlap,
@@ -119,9 +128,11 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         fine = bridge.tensors(model, arch, bridge.Place.of(mesh, inputs.layers), torch.float32)
         start_main_weights(policy.optimizer, fine)
     reference = build_reference(recipe, mesh, progress.tick) if recipe.grpo.kl_coef > 0 else None
+    models = build_reward_models(recipe, inputs.judges, mesh)
+    scoring = Scoring(recipe.reward, inputs.reward, models, inputs.tokenizer.decode, mesh, progress.tick)
     sampler_of = build_samplers(recipe, inputs, mesh, policy, progress)
     sampler, examiner = sampler_of(recipe.sampling), sampler_of(recipe.evaluation_sampling)
-    return Run(recipe, inputs, mesh, policy, reference, sampler, examiner, StepObjective(recipe), progress)
+    return Run(recipe, inputs, mesh, policy, reference, scoring, sampler, examiner, StepObjective(recipe), progress)
 
 
 def build_samplers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ from grpo_mega.trainer.evaluation import Evaluation, Examination, examine
 from grpo_mega.trainer.main import describe
 from grpo_mega.trainer.progress import Progress, progress_on
 from grpo_mega.trainer.records import check_writable, replace_file, write_together
+from grpo_mega.trainer.reward_model import Judge, build_reward_models, check_conversations, read_judges
+from grpo_mega.trainer.scoring import Scoring
 from grpo_mega.trainer.setup import heldout_renderer, sampler_on
 from grpo_mega.types import Prompt
 
@@ -40,6 +43,7 @@ class Inputs:
     prompts: list[Prompt]
     data: DataCounts
     reward: tuple[Part, ...]
+    judges: Mapping[str, Judge]
     step: int
 
 
@@ -79,7 +83,10 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     check_vocabulary(tokenizer, recipe.model.tokenizer or recipe.model.path, arch.vocab_size)
     render = heldout_renderer(recipe, tokenizer, arch)
     prompts, counts = heldout_prompts(rows, render, name)
-    return Inputs(arch, tokenizer, prompts, DataCounts(render.overlong, (), counts), reward, steps_of(arch))
+    judges = read_judges(recipe)
+    check_conversations(judges, prompts)
+    counted = DataCounts(render.overlong, (), counts)
+    return Inputs(arch, tokenizer, prompts, counted, reward, judges, steps_of(arch))
 
 
 def steps_of(arch: Architecture) -> int:
@@ -109,7 +116,10 @@ def build_examination(recipe: Recipe, inputs: Inputs, grid: mesh.Mesh, progress:
     truncation = Truncation.of(rule.top_k, rule.top_p)
     decoder = partial(Decoder, model, arch.vocab_size, grid, rule.temperature, progress.tick, truncation)
     sampler = sampler_on(decoder, grid, inputs.tokenizer, rule, recipe.run.seed)
-    return Examination(recipe, inputs.prompts, inputs.reward, inputs.tokenizer.decode, sampler, grid)
+    # as far as a reward model is concerned, the run's layout is this one
+    models = build_reward_models(recipe.model_copy(update={"parallel": layout}), inputs.judges, grid, progress.tick)
+    scoring = Scoring(recipe.reward, inputs.reward, models, inputs.tokenizer.decode, grid, progress.tick)
+    return Examination(recipe, inputs.prompts, scoring, sampler, grid)
 
 
 def result_of(recipe: Recipe, evaluation: Evaluation) -> dict[str, Any]:

@@ -20,7 +20,10 @@ def recipe(evaluation=None, reward=None, **sections):
 
 def test_defaults():
     plain = recipe()
-    assert (plain.evaluation.completions, plain.evaluation.pass_at, plain.evaluation.maj_at) == (4, (1,), ())
+    assert (plain.evaluation.completions, plain.evaluation.maj_at) == (4, ())
+    assert plain.evaluation.passes(plain.reward) == (1,)
+    undecided = recipe(reward={"parts": {"one": OWN, "two": OTHER}})
+    assert undecided.evaluation.passes(undecided.reward) == ()  # and nobody asked for it
     assert plain.evaluation_sampling == plain.sampling
     assert plain.evaluation.correct_part(plain.reward) == "exact"
     assert recipe({"completions": 8, "pass_at": [1, 8], "maj_at": [8]}).evaluation.pass_at == (1, 8)
@@ -74,11 +77,11 @@ def test_where_nothing_asks_nothing_decides():
         ({"temperature": -1}, {}, "evaluation.temperature=-1 should be greater than or equal to 0"),
         ({"correct": "rigth"}, {"parts": {"right": MATHS}},
          "evaluation.correct='rigth' is no part of the reward; did you mean 'right'?"),
-        ({}, {"parts": {"one": OWN, "two": OTHER}},
+        ({"pass_at": [1]}, {"parts": {"one": OWN, "two": OTHER}},
          "evaluation.pass_at=[1] asks which completions are correct, and the reward (one, two) does not say it: no "
          "part compares with the answer; name in evaluation.correct the part whose value of 1 means correct, or set "
          "evaluation.pass_at=[]"),
-        ({}, {"function": "length"},
+        ({"pass_at": [1]}, {"function": "length"},
          "evaluation.pass_at=[1] asks which completions are correct, and the reward (length) does not"),
         ({"maj_at": [4]}, {"parts": {"judge": OWN}},
          "evaluation.maj_at=[4] counts answers, and reward.parts.judge.function=mine:score finds none in a completion; "

@@ -148,6 +148,7 @@ def sample(folder, case, dtype):
     from grpo_mega.parallel.mesh import another_layout
     from grpo_mega.parallel.truncation import Truncation
     from grpo_mega.rollout.in_process import InProcessSampler
+    from grpo_mega.trainer.heads import TokenHead
     from grpo_mega.trainer.policy import Scorer
 
     parallel_state.destroy_model_parallel()  # of the case before
@@ -192,7 +193,7 @@ def sample(folder, case, dtype):
     # a mixture's ranks score equally many, an interleaved pipeline whole rounds, as the trainer's do
     count = -(-max_int(len(batches), mesh.data.group) // case.pipeline) * case.pipeline
     batches += [pack([], 64, scale=1.0, dtype=dtype, device="cpu")] * (count - len(batches))
-    scores = Scorer(model, arch.vocab_size, mesh, case.temperature).logprobs(batches)
+    scores = Scorer(TokenHead(model, arch.vocab_size, mesh, case.temperature)).logprobs(batches)
     scores = [s if s is None else s[b.loss_weights != 0].tolist() for s, b in zip(scores, batches, strict=True)]
     scores = scores[: len(mine)]
     return {

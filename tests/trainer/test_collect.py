@@ -12,7 +12,9 @@ from grpo_mega.data.mixture import PromptStream
 from grpo_mega.parallel.mesh import Axis
 from grpo_mega.rewards.resolve import Part
 from grpo_mega.trainer.collect import collect
+from grpo_mega.trainer.policy import silent
 from grpo_mega.trainer.progress import Progress
+from grpo_mega.trainer.scoring import Scoring
 from grpo_mega.types import Completion, Prompt
 
 
@@ -51,10 +53,13 @@ def run_of(max_resamples, useful, **grpo):
         device=torch.device("cpu"),
     )  # fmt: skip
     prompts = PromptStream([[Prompt(0, f"p{n}", (n,)) for n in range(3)]], seed=0)
-    inputs = SimpleNamespace(prompts=prompts, reward=(Part("own", 1.0, reward),), directory=Directory(), tokenizer=None)
+    inputs = SimpleNamespace(prompts=prompts, directory=Directory())
+    parts = (Part("own", 1.0, reward),)
+    scoring = Scoring(recipe.reward, parts, models={}, decode=str, mesh=mesh, tick=silent)
     run = SimpleNamespace(
-        recipe=recipe, mesh=mesh, inputs=inputs, progress=Progress(None), sampler=SimpleNamespace(sample=sample)
-    )
+        recipe=recipe, mesh=mesh, inputs=inputs, progress=Progress(None), sampler=SimpleNamespace(sample=sample),
+        scoring=scoring,
+    )  # fmt: skip
     run.progress.begin_step(5, 9)
     return run, sampled
 

@@ -52,8 +52,8 @@ def test_a_run_by_hand(run):
     for step in range(1, 25):
         metrics = {"reward": step / 32, "clip_fraction": 0.25, "entropy": float("nan"), "reward_errors": step == 3}
         run.write_step(step, metrics, timings(float(step)))
-    run.write_evaluation(0, {"reward": 0.125})  # an older run's
-    run.write_evaluation(24, {"reward": 0.75, "reward_low": 0.5, "reward_high": 1.0, "pass@4": 0.9, "pass@4_low": None})
+    run.write_heldout(0, {"reward": 0.125})  # an older run's
+    run.write_heldout(24, {"reward": 0.75, "reward_low": 0.5, "reward_high": 1.0, "pass@4": 0.9, "pass@4_low": None})
     groups = [
         Group(Prompt(n, f"question {n}", (1,), "42"), (rollout(0.0, "no"), rollout(n, "x\x1b[2J\ny"))) for n in (1, 2)
     ]
@@ -92,7 +92,7 @@ def test_a_run_by_hand(run):
 
 def test_of_many_evaluations_the_first_and_the_last(run):
     for step in range(10):
-        run.write_evaluation(step, {"reward": step / 10})
+        run.write_heldout(step, {"reward": step / 10})
     (line,) = (line for line in summary(run.path) if line.startswith("  reward  "))
     assert line.removeprefix("  reward  ").split(", ") == [f"0.{step}00 after {step}" for step in (0, 5, 6, 7, 8, 9)]
 
