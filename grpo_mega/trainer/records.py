@@ -105,7 +105,8 @@ class RunDirectory:
 
         rollouts = self.path / "rollouts"
         with writing(self.path):
-            rollouts.mkdir(exist_ok=True)
+            if isinstance(self.recipe, Recipe):
+                rollouts.mkdir(exist_ok=True)
             replace_file(self.path / "recipe.yaml", to_yaml(self.recipe).encode())
             # a run begins with an evaluation of what it starts from, step first_step - 1
             for name, end in (
