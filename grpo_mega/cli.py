@@ -1,5 +1,5 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `sft` alike, `report`, `selftest`,
-`convert`.
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `sft`, `eval` and `reward` alike,
+`report`, `selftest`, `convert`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
 A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
@@ -11,12 +11,16 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import lcm
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import ConfigError, GrpoMegaError
+
+if TYPE_CHECKING:
+    from grpo_mega.config.reward_training import RewardRecipe
 
 LAUNCHER_SECONDS = 2.0  # a launcher needs to see that a rank has failed and to end the others
 
@@ -34,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
     parser, commands = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if options.command not in ("train", "sft") and overrides:
+    if options.command not in ("train", "sft", "eval", "reward") and overrides:
         commands[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         if options.command == "selftest":
@@ -51,6 +55,10 @@ def run(arguments: Sequence[str]) -> int:
             return _convert(options, arguments)
         if options.command == "report":
             return _report(options.directory)
+        if options.command == "eval":
+            return _evaluate(options, overrides, arguments)
+        if options.command == "reward":
+            return _train_reward(options.recipe, overrides, options.ranks, arguments)
         recipe = load_recipe(options.recipe, overrides) if options.command == "train" else _sft(options, overrides)
         return _train(recipe, options.ranks, arguments)
     except GrpoMegaError as error:
@@ -67,23 +75,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     """The parser, and its commands' by name."""
     parser = argparse.ArgumentParser(prog="grpo-mega", description="GRPO on megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser(
-        "train",
-        help="train a policy by GRPO",
-        description="Train a policy by GRPO. Any recipe key can be given as --section.key value.",
-        allow_abbrev=False,
-    )
-    sft = commands.add_parser(
-        "sft",
-        help="fine-tune a policy on demonstrations",
-        description="As train, with the preset sft: maximum likelihood on the data's demonstrations, which are what "
-        "data.completion_field holds, or the assistant's last message. Any recipe key can be given as --section.key "
-        "value.",
-        allow_abbrev=False,
-    )
-    for command in (train, sft):
-        command.add_argument("recipe", help="a YAML file")
-        command.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
+    named = _add_recipe_commands(commands)
     report = commands.add_parser(
         "report",
         help="summarise a run directory",
@@ -108,7 +100,46 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "and logits of both sides are compared; what differs is not published (exit code 1).",
     )
     _add_convert(convert)
-    return parser, {"train": train, "sft": sft, "report": report, "selftest": check, "convert": convert}
+    return parser, named | {"report": report, "selftest": check, "convert": convert}
+
+
+def _add_recipe_commands(commands: Any) -> dict[str, argparse.ArgumentParser]:
+    """The commands that take a recipe and overrides, by name."""
+    train = commands.add_parser(
+        "train",
+        help="train a policy by GRPO",
+        description="Train a policy by GRPO. Any recipe key can be given as --section.key value.",
+        allow_abbrev=False,
+    )
+    sft = commands.add_parser(
+        "sft",
+        help="fine-tune a policy on demonstrations",
+        description="As train, with the preset sft: maximum likelihood on the data's demonstrations, which are what "
+        "data.completion_field holds, or the assistant's last message. Any recipe key can be given as --section.key "
+        "value.",
+        allow_abbrev=False,
+    )
+    evaluation = commands.add_parser(
+        "eval",
+        help="evaluate a model on held-out problems",
+        description="pass@k, maj@k, reward and length of model.path on the recipe's held-out problems, each with its "
+        "95 % interval. Any recipe key can be given as --section.key value.",
+        allow_abbrev=False,
+    )
+    reward = commands.add_parser(
+        "reward",
+        help="train a reward model from preferences or labels",
+        description="Train a reward model from {prompt, chosen, rejected} or {prompt, completion, label}. Any recipe "
+        "key can be given as --section.key value.",
+        allow_abbrev=False,
+    )
+    for command in (train, sft, evaluation, reward):
+        command.add_argument("recipe", help="a YAML file")
+        command.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
+    evaluation.add_argument(
+        "--output", metavar="DIR", help="where results go (default: run.directory/evaluations/NAME, the model folder's)"
+    )
+    return {"train": train, "sft": sft, "eval": evaluation, "reward": reward}
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -143,22 +174,44 @@ def _report(directory: str) -> int:
     return 0
 
 
-def ranks_to_fill(recipe: Recipe) -> int:
+def ranks_to_fill(recipe: Recipe, *, trains: bool = True) -> int:
     """Whole model replicas, as many as this machine has GPUs, or cores and memory, for; between one and one a prompt.
-    Where sampling or the reference has a layout of its own, they divide into its replicas too.
+    Where sampling, the reference or a reward model has a layout of its own, they divide into its replicas too.
 
-    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference) and 3 GiB to work in.
+    A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference; 4 where the layout is
+    sampling's and nothing `trains`), 4 a parameter of a reward model (20 of one that is trained), and 3 GiB to work in.
     """
-    from grpo_mega.model.families import read_architecture
+    from grpo_mega.model.families import read_architecture, read_scored
     from grpo_mega.parallel.device import free_memory_bytes, local_devices
-    from grpo_mega.trainer.check import sampling_layout
+    from grpo_mega.trainer.check import judging_layout, sampling_layout
 
     arch = read_architecture(recipe.model.path)
     parameters = arch.num_layers * arch.layer_parameters + 2 * arch.head_parameters
+    sampling = sampling_layout(recipe)
+    training = recipe.parallel if trains else sampling
+    replica = training.replica
+    whole = lcm(replica, sampling.replica, (recipe.reference.layout or training).replica if trains else 1)
+    prompts, bytes_each = (recipe.batch.prompts_per_step, 20) if trains else (recipe.data.heldout, 4)
+    need = bytes_each * parameters + (3 << 30)
+    for config in recipe.reward_models.values():
+        model = read_scored(config.path)
+        whole = lcm(whole, judging_layout(config, training, model).replica)
+        weights = model.num_layers * model.layer_parameters + model.hidden_size * model.vocab_size
+        need += (20 if config.train is not None and trains else 4) * weights
+    fit = free_memory_bytes() // need
+    return max(1, min(local_devices(), replica * prompts, replica * fit) // whole) * whole
+
+
+def reward_ranks_to_fill(recipe: RewardRecipe) -> int:
+    """As `ranks_to_fill`, of a reward model: between one replica and one a row of a step, 16 bytes a parameter."""
+    from grpo_mega.model.families import read_trunk
+    from grpo_mega.parallel.device import free_memory_bytes, local_devices
+
+    arch, _ = read_trunk(recipe.model.path)
+    parameters = arch.num_layers * arch.layer_parameters + arch.hidden_size * arch.vocab_size
     replica = recipe.parallel.replica
-    whole = lcm(replica, sampling_layout(recipe).replica, (recipe.reference.layout or recipe.parallel).replica)
-    fit = free_memory_bytes() // (20 * parameters + (3 << 30))
-    return max(1, min(local_devices(), replica * recipe.batch.prompts_per_step, replica * fit) // whole) * whole
+    fit = free_memory_bytes() // (16 * parameters + (3 << 30))
+    return max(1, min(local_devices(), replica * recipe.batch.examples_per_step, replica * fit) // replica) * replica
 
 
 def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
@@ -172,14 +225,67 @@ def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
 
 
 def _train(recipe: Recipe, ranks: int | None, arguments: Sequence[str]) -> int:
+    def work() -> None:
+        from grpo_mega.trainer.main import train
+
+        train(recipe)
+
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_cheaply
+
+        check_cheaply(recipe, count)
+
+    return _on_ranks(work, check, lambda: ranks_to_fill(recipe) if ranks is None else ranks, arguments)
+
+
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+    recipe = load_recipe(options.recipe, overrides)
+
+    def work() -> None:
+        from grpo_mega.trainer.standalone import evaluate_model
+
+        evaluate_model(recipe, options.output)
+
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_evaluation, check_output
+
+        check_output(recipe, options.output)
+        check_evaluation(recipe, count)
+
+    return _on_ranks(
+        work, check, lambda: ranks_to_fill(recipe, trains=False) if options.ranks is None else options.ranks, arguments
+    )
+
+
+def _train_reward(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
+    from grpo_mega.config.loading import load_as
+    from grpo_mega.config.reward_training import RewardRecipe
+
+    recipe = load_as(RewardRecipe, path, overrides)
+
+    def work() -> None:
+        from grpo_mega.trainer.reward_main import train_reward
+
+        train_reward(recipe)
+
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_reward
+
+        check_reward(recipe, count)
+
+    return _on_ranks(work, check, lambda: reward_ranks_to_fill(recipe) if ranks is None else ranks, arguments)
+
+
+def _on_ranks(
+    work: Callable[[], None], check: Callable[[int], None], ranks: Callable[[], int], arguments: Sequence[str]
+) -> int:
+    """Do a rank's work under a launcher; without one, check what can be checked and be the launcher."""
     if "RANK" in os.environ:
         from grpo_mega.parallel.device import quiet_megatron
 
         quiet_megatron()
-        from grpo_mega.trainer.main import train
-
         try:
-            train(recipe)
+            work()
         except RuntimeError:
             # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
             # and is to be quicker than a traceback that explains nothing
@@ -187,10 +293,8 @@ def _train(recipe: Recipe, ranks: int | None, arguments: Sequence[str]) -> int:
             raise
         return 0
     from grpo_mega.parallel.launch import start_ranks
-    from grpo_mega.trainer.check import check_cheaply
 
-    if ranks is None:
-        ranks = ranks_to_fill(recipe)
-    check_cheaply(recipe, ranks)
-    print(f"grpo_mega: starting {ranks} ranks; torch and megatron-core take some seconds to load", flush=True)
-    return start_ranks(ranks, ["-m", "grpo_mega", *arguments])
+    count = ranks()
+    check(count)
+    print(f"grpo_mega: starting {count} ranks; torch and megatron-core take some seconds to load", flush=True)
+    return start_ranks(count, ["-m", "grpo_mega", *arguments])

@@ -15,6 +15,7 @@ from grpo_mega.model.families import read_architecture
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share, with_logprobs
+from grpo_mega.trainer.heads import TokenHead
 from grpo_mega.trainer.policy import Policy, Scorer
 from grpo_mega.types import add_metrics
 
@@ -99,8 +100,9 @@ class Bench:
             build_model(read_architecture(folder), trainable=folder is folders[0], **settings) for folder in folders
         ]
         common = (self.arch.vocab_size, self.mesh, TEMPERATURE)
-        self.policy = Policy(models[0], *common, recipe.optimizer, 1)
-        self.old, self.reference = (Scorer(model, *common) for model in models[1:])
+        heads = [TokenHead(model, *common) for model in models]
+        self.policy = Policy(heads[0], recipe.optimizer, 1)
+        self.old, self.reference = map(Scorer, heads[1:])
 
     def batches(self, groups, recipe, old=None):
         """The microbatches of each minibatch, with log-probs."""

@@ -57,6 +57,7 @@ def built(folder, layout, dtype, *, moe=None, replays=False, shared=False):
     from grpo_mega.model.bridge import Place
     from grpo_mega.model.build import build_model
     from grpo_mega.model.layout import layers_per_stage
+    from grpo_mega.trainer.heads import TokenHead
     from grpo_mega.trainer.policy import Policy
 
     parallel_state.destroy_model_parallel()  # of the layout before
@@ -64,7 +65,7 @@ def built(folder, layout, dtype, *, moe=None, replays=False, shared=False):
     arch = read_architecture(folder)
     model = build_model(arch, mesh, layout.parallel, dtype=dtype, recompute=layout.recompute, moe=moe)
     settings = OptimizerConfig(**SETTINGS, distributed=layout.distributed)
-    policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, settings, num_steps=4, replays=replays)
+    policy = Policy(TokenHead(model, arch.vocab_size, mesh, TEMPERATURE), settings, num_steps=4, replays=replays)
     layers = layers_per_stage(arch, layout.pipeline)
     s = samples()
     bundles = ([s[:2]] if shared else [s[:1], s[1:2]], [s[2:3], s[3:]])

@@ -205,7 +205,8 @@ def test_a_reward_is_one_function_or_parts(load):
     assert list(load().reward.all_parts) == ["exact"]
     own = load(LEAST + "reward: {function: 'my:score', options: {scale: 2}, batch: true}\n").reward.all_parts
     assert {name: part.model_dump() for name, part in own.items()} == {
-        "my:score": {"function": "my:score", "weight": 1.0, "options": {"scale": 2}, "batch": True, "per_step": False}
+        "my:score": {"function": "my:score", "weight": 1.0, "options": {"scale": 2}, "batch": True}
+        | {"model": None, "per_step": False}
     }
     recipe = load(
         LEAST + "reward:\n  parts:\n    right: {function: math_verify, weight: 2}\n    tags: {function: format}\n",
@@ -236,7 +237,7 @@ def test_a_reward_is_one_function_or_parts(load):
         ("batch: true", "reward.batch=true is for functions of your own; leave it out for exact"),
         ("parts: [1]", "reward.parts=[1] should be a mapping"),
         ("parts: {a: length}", "reward.parts.a='length' is no mapping; write {function: ...}"),
-        ("parts: {a: {}}", "reward.parts.a.function is missing and has no default; write it in the recipe or pass "),
+        ("parts: {a: {}}", "reward.parts.a says neither function nor model; write one of them"),
         ("parts: {a b: {function: exact}}", "reward.parts: 'a b' cannot name a part; use letters, digits, _ and -"),
         ("parts: {1: {function: exact}}", "reward.parts: 1 cannot name a part; "),
         ("parts: {a: {function: exact, wieght: 1}}", "unknown key reward.parts.a.wieght; did you mean 'weight'?"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -14,6 +14,8 @@ from grpo_mega.config.base import Section, nearest
 from grpo_mega.config.presets import expand, with_preset
 from grpo_mega.config.recipe import Recipe
 from grpo_mega.errors import ConfigError
+
+Schema = TypeVar("Schema", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,13 +40,25 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: Section) -> str:
     """The resolved recipe, every default written out: `load_recipe` of it gives the same recipe."""
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, implied: str | None = None) -> Recipe:
-    """Read, override and validate a recipe. implied: a preset that counts beside those that the recipe names.
+    """Read, override and validate a recipe of `grpo-mega train`; see `load_as`."""
+    return load_as(Recipe, path, overrides, implied=implied)
+
+
+def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """A Recipe from nested dicts, presets included; every problem found is listed in one ConfigError."""
+    return validate_as(Recipe, tree, origin)
+
+
+def load_as(
+    schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), *, implied: str | None = None
+) -> Schema:
+    """Read, override and validate a command's recipe. implied: a preset beside those that it names.
 
     overrides: ["--section.key", "value", "--section.key=value", ...]. A value is read as YAML (8, 1e-6, true, [1, 2]),
     except that a key which holds text takes it as it stands ("{prompt}" is YAML for a mapping); null unsets it.
@@ -63,14 +77,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, implied: str
     if not isinstance(tree, dict):
         found = "is empty" if tree is None else f"holds a {type(tree).__name__}"
         raise ConfigError(f"recipe {path} {found}; write its sections (model:, data:, run:, ...)")
-    _check_sections(tree, str(path))
-    for key, value in _parse_overrides(overrides):
+    _check_sections(tree, str(path), schema)
+    for key, value in _parse_overrides(overrides, schema):
         section, _, name = key.partition(".")
-        if key == "preset":
+        if key == "preset" and schema is Recipe:
             tree[key] = value
             continue
-        if section not in Recipe.model_fields:
-            raise ConfigError(f"--{key} names no recipe section{nearest(section, Recipe.model_fields)}")
+        if section not in schema.model_fields:
+            raise ConfigError(f"--{key} names no recipe section{nearest(section, schema.model_fields)}")
         if not name:
             if not isinstance(value, dict):
                 raise ConfigError(f"--{key} names a section; write --{key}.key value, or --{key} '{{key: value}}'")
@@ -79,29 +93,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, implied: str
         if tree.get(section) is None:
             tree[section] = {}
         _set(tree[section], name, value, key)
-    return validate_recipe(tree if implied is None else with_preset(tree, implied), str(path))
+    return validate_as(schema, tree if implied is None else with_preset(tree, implied), str(path))
 
 
-def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """A Recipe from nested dicts, presets included; every problem found is listed in one ConfigError."""
-    tree = expand(tree, origin)
+def validate_as(schema: type[Schema], tree: dict[str, Any], origin: str = "recipe") -> Schema:
+    """A command's recipe from nested dicts; see `validate_recipe`."""
+    if schema is Recipe:
+        tree = expand(tree, origin)
     try:
-        return Recipe.model_validate({key: {} if value is None else value for key, value in tree.items()})
+        return schema.model_validate({key: {} if value is None else value for key, value in tree.items()})
     except ValidationError as error:
-        raise ConfigError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from None
+        raise ConfigError(f"{origin}: " + "; ".join(_describe(item, schema) for item in error.errors())) from None
 
 
-def _check_sections(tree: dict[Any, Any], origin: str) -> None:
+def _check_sections(tree: dict[Any, Any], origin: str, schema: type[Section]) -> None:
     for section, value in tree.items():
-        if section == "preset":
+        if section == "preset" and schema is Recipe:
             continue
-        if section not in Recipe.model_fields:
-            raise ConfigError(f"{origin}: unknown section {section!r}{nearest(str(section), Recipe.model_fields)}")
+        if section not in schema.model_fields:
+            raise ConfigError(f"{origin}: unknown section {section!r}{nearest(str(section), schema.model_fields)}")
         if value is not None and not isinstance(value, dict):
             raise ConfigError(f"{origin}: section {section!r} holds {value!r}; write its keys below it, indented")
 
 
-def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+def _parse_overrides(words: Sequence[str], schema: type[Section]) -> list[tuple[str, Any]]:
     pairs, rest = [], list(words)
     while rest:
         word = rest.pop(0)
@@ -113,15 +128,17 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"--{key} lacks a value; write --{key} value")
             text = rest.pop(0)
         try:
-            pairs.append((key, text if _holds_text(key) and text != "null" else yaml.load(text, Loader=_Loader)))
+            pairs.append(
+                (key, text if _holds_text(key, schema) and text != "null" else yaml.load(text, Loader=_Loader))
+            )
         except yaml.YAMLError as error:
             raise ConfigError(f"--{key}={text}: the value is not valid YAML: {_yaml_reason(error)}") from None
     return pairs
 
 
-def _holds_text(key: str) -> bool:
+def _holds_text(key: str, schema: type[Section]) -> bool:
     *parents, name = key.split(".")
-    field = _fields(parents).get(name)
+    field = _fields(parents, schema).get(name)
     if field is None:
         return False
     choices = get_args(field.annotation) or (field.annotation,)
@@ -129,9 +146,9 @@ def _holds_text(key: str) -> bool:
     return str in plain and plain <= {str, type(None)}
 
 
-def _fields(path: Sequence[str | int]) -> Mapping[str, Any]:
+def _fields(path: Sequence[str | int], schema: type[Section]) -> Mapping[str, Any]:
     """The keys of the section at `path` ("data", "sources", 0); none where there is no section."""
-    section: Any = Recipe
+    section: Any = schema
     for part in path:
         if str(part).isdigit():  # an entry of a list of sections, which its key has led to already
             continue
@@ -173,14 +190,14 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {reason}" if mark else reason
 
 
-def _describe(item: Any) -> str:
+def _describe(item: Any, schema: type[Section]) -> str:
     """One problem as a sentence: a validator's message continues "section.key=value ..." unless it names its keys.
 
     A validator of a nested section (an entry of data.sources) does not know where it stands: that is put before it.
     """
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown key {where}{nearest(str(item['loc'][-1]), _fields(item['loc'][:-1]))}"
+        return f"unknown key {where}{nearest(str(item['loc'][-1]), _fields(item['loc'][:-1], schema))}"
     if item["type"] == "missing":
         if len(item["loc"]) == 1:
             return f"section {where} is missing; write {where}: and its keys below it"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from grpo_mega.config.base import Counts, Name, NonNegative, Positive, Section
 from grpo_mega.config.data import DataConfig
+from grpo_mega.config.evaluation import EvaluationConfig
 from grpo_mega.config.grpo import PER_STEP, GrpoConfig
+from grpo_mega.config.parallel import OwnLayoutConfig, ParallelConfig
 from grpo_mega.config.reward import RewardConfig
+from grpo_mega.config.reward_model import RewardModelConfig
 from grpo_mega.config.source import check_source
 
 
@@ -20,37 +23,13 @@ class ModelConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
 
 
-class ReferenceConfig(Section):
+class ReferenceConfig(OwnLayoutConfig):
+    section: ClassVar[str] = "reference."
     path: str | None = None  # frozen reference; default: the policy's first weights
     enabled: bool = True  # false: none is ever loaded, and a KL term is refused
     # iterative GRPO (DeepSeekMath, algorithm 1): before every so many steps the reference becomes the policy; 0: never.
     # What it became is kept under run.directory/references, for runs that resume
     refresh_every: NonNegative = 0
-    # a layout of its own on the same ranks; default: training's. Where one of these is given, the others are 1 (false),
-    # and the world's other ranks become data ranks, which share the step's microbatches evenly
-    tensor: Positive | None = None
-    pipeline: Positive | None = None
-    context: Positive | None = None
-    expert: Positive | None = None
-    expert_tensor: Positive | None = None
-    sequence: bool | None = None
-    offload: bool = False  # between its uses the weights are in host memory, and their memory on the device is free
-
-    @model_validator(mode="after")
-    def _layout(self) -> ReferenceConfig:
-        if self.sequence and (self.tensor or 1) == 1:
-            raise ValueError(
-                "reference.sequence=true needs reference.tensor > 1 (in a layout of its own an axis that is not given "
-                "has length 1); set reference.tensor, or leave reference.sequence out"
-            )
-        return self
-
-    @property
-    def layout(self) -> ParallelConfig | None:
-        """The layout of its own, if it has one."""
-        keys = ("tensor", "pipeline", "context", "expert", "expert_tensor", "sequence")
-        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
-        return ParallelConfig.model_validate(given) if given else None
 
 
 class MoeConfig(Section):
@@ -64,63 +43,6 @@ class MoeConfig(Section):
     z_loss_coef: Annotated[float, Field(ge=0)] = 0.0  # mean squared log-sum-exp of the router's logits
     # updates of a step choose the experts that the pass for the old log-probs chose: ratios do not jump with a choice
     routing_replay: bool = False
-
-
-class ParallelConfig(Section):
-    tensor: Positive = 1
-    pipeline: Positive = 1
-    virtual_pipeline: Positive = 1  # stages of each pipeline rank, interleaved: rank p has stages p, p + pipeline, ...
-    context: Positive = 1  # ranks that share the rows of one microbatch
-    expert: Positive = 1  # ranks that divide a layer's experts: runs of tensor, context and data ranks
-    expert_tensor: Positive | None = None  # ranks that divide each expert's matrices; default: as tensor
-    sequence: bool = False  # megatron's sequence parallelism: activations between layers are sharded over tensor ranks
-    pipeline_layout: Counts | None = None  # layers of each stage, in model order; default: balanced by cost
-    # gradients are reduced while the backward still runs; with optimizer.distributed, weights gathered in the forward
-    overlap: bool = False
-
-    @model_validator(mode="after")
-    def _layout(self) -> ParallelConfig:
-        if self.sequence and self.tensor == 1:
-            raise ValueError("parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false")
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise ValueError(
-                f"parallel.virtual_pipeline={self.virtual_pipeline} interleaves the stages of a pipeline, and "
-                "parallel.pipeline=1 has none; set parallel.virtual_pipeline=1 or parallel.pipeline > 1"
-            )
-        if self.pipeline_layout is not None and len(self.pipeline_layout) != self.stages:
-            times = f" x parallel.virtual_pipeline={self.virtual_pipeline}" if self.virtual_pipeline > 1 else ""
-            raise ValueError(
-                f"parallel.pipeline_layout has {len(self.pipeline_layout)} stages but parallel.pipeline="
-                f"{self.pipeline}{times}; give one layer count a stage"
-            )
-        return self
-
-    @property
-    def stages(self) -> int:
-        """How many runs of layers the model is cut into."""
-        return self.pipeline * self.virtual_pipeline
-
-    @property
-    def replica(self) -> int:
-        """How many ranks together hold a model and the rows of a microbatch."""
-        return self.tensor * self.pipeline * self.context
-
-    @property
-    def row_multiple(self) -> int:
-        """What must divide the rows of a microbatch: two runs a context rank, each cut over tensor ranks that share."""
-        return (self.tensor if self.sequence else 1) * (2 * self.context if self.context > 1 else 1)
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """The mesh's axes but data, which follows from the number of ranks."""
-        return {
-            "tensor": self.tensor,
-            "pipeline": self.pipeline,
-            "virtual_pipeline": self.virtual_pipeline,
-            "context": self.context,
-            "expert": self.expert,
-            "expert_tensor": self.expert_tensor,
-        }
 
 
 class PrecisionConfig(Section):
@@ -199,6 +121,17 @@ class RunConfig(Section):
     evaluate_every: NonNegative = 0  # 0: only before and after
 
 
+def check_schedule(optimizer: OptimizerConfig, run: RunConfig) -> None:
+    """Raise ValueError for a learning rate that the run's steps cannot follow."""
+    if optimizer.warmup_steps > run.num_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds run.num_steps={run.num_steps}; warm up for fewer "
+            "steps"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}; lower min_lr")
+
+
 class Recipe(Section):
     model: ModelConfig
     reference: ReferenceConfig = ReferenceConfig()
@@ -207,7 +140,9 @@ class Recipe(Section):
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig
     reward: RewardConfig = RewardConfig()
+    reward_models: dict[str, RewardModelConfig] = Field(default_factory=dict)  # by the names that reward has for them
     sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     grpo: GrpoConfig = GrpoConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -215,9 +150,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _across_sections(self) -> Recipe:
-        warmup, steps = self.optimizer.warmup_steps, self.run.num_steps
-        if warmup > steps:
-            raise ValueError(f"optimizer.warmup_steps={warmup} exceeds run.num_steps={steps}; warm up for fewer steps")
+        check_schedule(self.optimizer, self.run)
         if self.grpo.group_size > self.sampling.max_rows:
             raise ValueError(
                 f"grpo.group_size={self.grpo.group_size} exceeds sampling.max_rows={self.sampling.max_rows}, the rows "
@@ -239,10 +172,6 @@ class Recipe(Section):
                     f"reference.{key}={shown} would never be used with grpo.kl_coef=0; leave it out, or give the KL "
                     "term a weight"
                 )
-        if self.optimizer.min_lr > self.optimizer.lr:
-            raise ValueError(
-                f"optimizer.min_lr={self.optimizer.min_lr} exceeds optimizer.lr={self.optimizer.lr}; lower min_lr"
-            )
         if self.moe.routing_replay and self.grpo.num_iterations == self.batch.minibatches == 1:
             raise ValueError(
                 "moe.routing_replay=true would never be used with grpo.num_iterations=1 and batch.minibatches=1, where "
@@ -252,6 +181,15 @@ class Recipe(Section):
         self._check_steps()
         check_source(self)
         self.reward.check_lengths(self.sampling.max_completion_tokens)
+        if self.data.heldout:
+            self.evaluation.correct_part(self.reward)  # raises where the recipe does not decide it
+        else:
+            for key, value in self.evaluation.model_dump(exclude_defaults=True).items():
+                raise ValueError(
+                    f"evaluation.{key}={value} would never be used with data.heldout=0; hold problems out, or leave it "
+                    "out"
+                )
+        self.reward.check_models(self.reward_models)
         return self
 
     def _check_old_logprobs(self) -> None:
@@ -286,3 +224,18 @@ class Recipe(Section):
     @property
     def reference_path(self) -> str:
         return self.reference.path or self.model.path
+
+    @property
+    def evaluation_sampling(self) -> SamplingConfig:
+        """How completions of held-out problems are drawn: as in training, but for what `evaluation` says of its own.
+
+        Temperature 0 is top-k with k = 1: the likeliest token, whatever the temperature. Of several with the very same
+        logit the noise takes one.
+        """
+        temperature, limit = self.evaluation.temperature, self.evaluation.max_completion_tokens
+        changes: dict[str, Any] = {} if limit is None else {"max_completion_tokens": limit}
+        if temperature == 0:
+            changes |= {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+        elif temperature is not None:
+            changes["temperature"] = temperature
+        return self.sampling.model_copy(update=changes)

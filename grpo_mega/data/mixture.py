@@ -98,6 +98,10 @@ class PromptStream:
             prompts.append(replace(self._sources[k].at(self._schedule.counts[k] - 1), index=index))
         return prompts
 
+    def everything(self) -> list[Prompt]:
+        """Every prompt once, source by source."""
+        return [prompt for source in self._sources for prompt in source.prompts]
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the index of the next prompt, and what the stream was made of."""
         rows = [len(source.prompts) for source in self._sources]

@@ -72,8 +72,11 @@ class ChatTokenizer(Protocol):
         ...
 
 
-def load_tokenizer(model: str | Path, tokenizer: str | None = None, chat_template: str | None = None) -> ChatTokenizer:
+def load_tokenizer(
+    model: str | Path, tokenizer: str | None = None, chat_template: str | None = None, section: str = "model"
+) -> ChatTokenizer:
     """The tokenizer of the recipe: model.path's, or model.tokenizer's (a folder, or a sentencepiece .model file).
+    section: what the recipe calls that model.
 
     A folder with tokenizer.json is Hugging Face's; one with tokenizer.model alone is read by sentencepiece itself,
     because transformers' conversion of such a file gives other ids (5.23, "two  spaces" with Mistral's models).
@@ -81,7 +84,7 @@ def load_tokenizer(model: str | Path, tokenizer: str | None = None, chat_templat
     and those of generation_config.json beside it and in the model's folder.
     Never the network, never code from the folder. Raises DataError.
     """
-    path, key = (Path(model), "model.path") if tokenizer is None else (Path(tokenizer), "model.tokenizer")
+    path, key = (Path(model), f"{section}.path") if tokenizer is None else (Path(tokenizer), f"{section}.tokenizer")
     template = None if chat_template is None else _read_template(Path(chat_template))
     if not path.exists() or (path.is_file() and tokenizer is None):
         either = "" if tokenizer is None else ", or a sentencepiece .model file"

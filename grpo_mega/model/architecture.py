@@ -42,6 +42,7 @@ class Architecture:
     at all: its whole past). ropes: parameters of rotary positions as config.json has them, and rope_of_layer which of
     them a layer has. query_scale: queries are multiplied by it beside the usual 1/sqrt(head_dim). norm_offset: norms
     multiply by weight + norm_offset. post_norms: what attention and feed-forward return is normed before it is added.
+    labels: of a reward model, whose head gives that many scores a row, with score_bias added; 0: a language model.
     """
 
     folder: Path
@@ -68,6 +69,8 @@ class Architecture:
     norm_offset: Literal[0, 1] = 0
     post_norms: bool = False
     embedding_scale: float = 1.0
+    labels: int = 0
+    score_bias: bool = False
     num_experts: int = 0
     experts_per_token: int = 0
     expert_ffn_size: int = 0
@@ -97,6 +100,7 @@ class Architecture:
             "context": self.num_heads * (latent.value if latent else self.head_dim),
             "ffn": self.ffn_size,
             "vocab": self.vocab_size,
+            "labels": self.labels,
             "experts": self.num_experts,
             "expert_ffn": self.expert_ffn_size,
             "shared_ffn": self.shared_ffn_size,
@@ -127,8 +131,8 @@ class Architecture:
 
     @property
     def head_parameters(self) -> int:
-        """Weights of the output layer."""
-        return self.hidden_size * self.vocab_size
+        """Weights of the output layer, or of a reward model's scores."""
+        return self.hidden_size * (self.labels or self.vocab_size)
 
 
 def check_experts(

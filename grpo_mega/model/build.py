@@ -22,6 +22,7 @@ from grpo_mega.model.experts import TopRouter, mixture_settings
 from grpo_mega.model.formats import Weights
 from grpo_mega.model.layout import first_layer, layers_per_stage
 from grpo_mega.model.rotary import rope_inverse_frequencies
+from grpo_mega.model.score import ScoreLayer
 from grpo_mega.model.specs import ModelParts, TrunkModel, block_spec
 from grpo_mega.parallel.mesh import Mesh
 
@@ -154,6 +155,8 @@ def build_model(
             vp_stage=virtual if mesh.virtual > 1 else None,
             pg_collection=mesh.groups,
         )
+        if part.post_process and arch.labels:
+            part.output_layer = ScoreLayer(config, arch.labels, bias=arch.score_bias)
         part.rope = rope
         if part.pre_process and arch.embedding_scale != 1.0:
             _scale_embedding(part, arch.embedding_scale, dtype)

@@ -113,6 +113,11 @@ class ModelParts(nn.ModuleList):
         *_, last = self
         return last.output_weight()
 
+    def scores(self, hidden: Tensor) -> Tensor:
+        """A reward model's head (`model/score`) on [n, H], last stage only: [n, labels]."""
+        *_, last = self
+        return last.output_layer(hidden)
+
 
 def layer_spec(arch: Architecture, number: int) -> ModuleSpec:
     """The decoder layer of that number in the model. Names are megatron's local ones (`input_layernorm.weight`)."""

@@ -42,17 +42,19 @@ BUILT_IN: dict[str, Callable[[Any, int], RewardFunction]] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One function of a reward: `weight` times its value is added. `extras` are those of EXTRAS that it asks for.
+    """One part of a reward: `weight` times its value is added. `extras` are those of EXTRAS that its function asks for.
 
     per_step: it is called with the list of a completion's reasoning steps in the text's place, and gives a list.
+    Of a part with a `model` (an entry of the recipe's reward_models) the values are given, and `function` is None.
     """
 
     name: str
     weight: float
-    function: RewardFunction
+    function: RewardFunction | None
     batch: bool = False
     extras: tuple[str, ...] = ()
     per_step: bool = False
+    model: str | None = None
 
 
 def resolve_reward(config: RewardConfig, max_completion_tokens: int) -> tuple[Part, ...]:
@@ -83,6 +85,8 @@ def check_row(config: RewardConfig, origin: str, answer: str | None, row: Mappin
 
 
 def _part(key: str, name: str, config: PartConfig, max_completion_tokens: int) -> Part:
+    if config.function is None:
+        return Part(name, config.weight, None, per_step=config.per_step, model=config.model)
     if config.function in OPTIONS:
         options = OPTIONS[config.function].model_validate(config.options)
         try:

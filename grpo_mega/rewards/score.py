@@ -27,7 +27,7 @@ Outcome = tuple[Values, None] | tuple[None, str]  # a part's values of one compl
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """A completion as parts are asked about it."""
 
     prompt: Prompt
@@ -47,12 +47,14 @@ def score_groups(
     truncated: TruncationPolicy,
     truncation_reward: float,
     marks: Marks | None = None,
+    given: Mapping[str, Sequence[Outcome]] | None = None,
 ) -> list[Group]:
     """Score completions[k], the completions of prompts[k], in order: the sum of each part's weight times its value.
 
     A part is called as function(text, answer, row), once a completion, or, a batch part, as function(texts, answers,
     rows) once, with lists that hold the completions of all prompts; what it asks for by keyword comes beside that. A
     part that is `per_step` gets the list of a completion's steps in its text's place, and gives a list of as many.
+    given: of each reward model that parts name, its outcomes of the completions that are `asked_about`, in order.
 
     marks: process supervision. Rollout.steps then hold each step's reward, the weighted sum of what the per-step parts
     gave for it; what the others gave is added to the last step's. Rollout.reward adds up the parts' means over steps.
@@ -66,17 +68,8 @@ def score_groups(
     None as that part's value, and `error` "part: Type: message"; nothing is raised. The same for every completion of a
     batch call that raises or gives another number of results. KeyboardInterrupt passes.
     """
-
-    def is_scored(completion: Completion) -> bool:
-        return not (truncated == "penalize" and completion.finish_reason == "length")
-
-    asked = [
-        _Asked(prompt, one, *(([], []) if marks is None else steps_of(one, marks)))
-        for prompt, several in zip(prompts, completions, strict=True)
-        for one in several
-        if is_scored(one)
-    ]
-    outcomes = [_batch(part, asked) if part.batch else [_one(part, one) for one in asked] for part in parts]
+    asked = asked_about(prompts, completions, truncated, marks)
+    outcomes = [_outcomes(part, asked, given or {}) for part in parts]
     scored = (_rollout(one, parts, [of_part[n] for of_part in outcomes], truncated) for n, one in enumerate(asked))
 
     def penalised(one: Completion) -> Rollout:
@@ -84,9 +77,28 @@ def score_groups(
         return Rollout(one, truncation_reward, steps=steps)
 
     return [
-        Group(prompt, tuple(next(scored) if is_scored(one) else penalised(one) for one in several))
+        Group(prompt, tuple(next(scored) if _is_asked(one, truncated) else penalised(one) for one in several))
         for prompt, several in zip(prompts, completions, strict=True)
     ]
+
+
+def asked_about(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    truncated: TruncationPolicy,
+    marks: Marks | None = None,
+) -> list[Asked]:
+    """The completions that a reward's parts are asked about, in order; see `score_groups`."""
+    return [
+        Asked(prompt, one, *(([], []) if marks is None else steps_of(one, marks)))
+        for prompt, several in zip(prompts, completions, strict=True)
+        for one in several
+        if _is_asked(one, truncated)
+    ]
+
+
+def _is_asked(completion: Completion, truncated: TruncationPolicy) -> bool:
+    return not (truncated == "penalize" and completion.finish_reason == "length")
 
 
 def unscored_steps(groups: Sequence[Group], before: int) -> int:
@@ -113,7 +125,7 @@ def first_fault(groups: Sequence[Group]) -> str:
     return ""
 
 
-def _rollout(asked: _Asked, parts: Sequence[Part], outcomes: Sequence[Outcome], truncated: TruncationPolicy) -> Rollout:
+def _rollout(asked: Asked, parts: Sequence[Part], outcomes: Sequence[Outcome], truncated: TruncationPolicy) -> Rollout:
     completion, count = asked.completion, len(asked.ends)
     means = tuple(
         (part.name, None if values is None else sum(values) / len(values))
@@ -138,7 +150,17 @@ def _rollout(asked: _Asked, parts: Sequence[Part], outcomes: Sequence[Outcome], 
     )
 
 
-def _one(part: Part, asked: _Asked) -> Outcome:
+def _outcomes(part: Part, asked: Sequence[Asked], given: Mapping[str, Sequence[Outcome]]) -> list[Outcome]:
+    if part.model is None:
+        return _batch(part, asked) if part.batch else [_one(part, one) for one in asked]
+    return [
+        outcome if outcome[0] is None else _outcome(part, outcome[0] if part.per_step else outcome[0][0], one)
+        for outcome, one in zip(given[part.model], asked, strict=True)
+    ]
+
+
+def _one(part: Part, asked: Asked) -> Outcome:
+    assert part.function is not None, "a model's outcomes are given"
     extras = {name: getattr(asked.completion, name) for name in part.extras}
     try:
         result = part.function(asked.argument(part), asked.prompt.answer, asked.prompt.row, **extras)
@@ -147,7 +169,8 @@ def _one(part: Part, asked: _Asked) -> Outcome:
     return _outcome(part, result, asked)
 
 
-def _batch(part: Part, asked: Sequence[_Asked]) -> list[Outcome]:
+def _batch(part: Part, asked: Sequence[Asked]) -> list[Outcome]:
+    assert part.function is not None, "a model's outcomes are given"
     if not asked:
         return []
     extras = {name: [getattr(one.completion, name) for one in asked] for name in part.extras}
@@ -160,7 +183,7 @@ def _batch(part: Part, asked: Sequence[_Asked]) -> list[Outcome]:
     return [_outcome(part, result, one) for result, one in zip(results, asked, strict=True)]
 
 
-def _outcome(part: Part, result: Any, asked: _Asked) -> Outcome:
+def _outcome(part: Part, result: Any, asked: Asked) -> Outcome:
     """What a part gave for one completion, as numbers."""
     if not part.per_step:
         return _number(result)

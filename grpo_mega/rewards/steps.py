@@ -5,19 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from grpo_mega.types import Completion
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """A step ends with `delimiter`, where the text goes on behind it; the last one ends with the completion.
+    """A step ends with `delimiter`, where the text goes on behind it, or after `every` tokens; the last one ends with
+    the completion.
 
-    decode: token ids -> text, as `Completion.text` was made.
+    decode: token ids -> text, as `Completion.text` was made. Exactly one of the others is given.
     """
 
-    delimiter: str
     decode: Callable[[Sequence[int]], str]
+    delimiter: str | None = None
+    every: int | None = None
 
 
 def steps_of(completion: Completion, marks: Marks) -> tuple[list[str], list[int]]:
@@ -28,6 +31,11 @@ def steps_of(completion: Completion, marks: Marks) -> tuple[list[str], list[int]
     step. The last step's last token is the completion's last (its stop token, if it was sampled).
     """
     text, ids = completion.text, completion.token_ids
+    if marks.every is not None:
+        ends = [*range(marks.every - 1, len(ids) - 1, marks.every), len(ids) - 1]
+        places = [0, *(len(marks.decode(ids[: end + 1])) for end in ends[:-1]), len(text)]
+        return [text[a:b] for a, b in pairwise(places)], ends
+    assert marks.delimiter is not None
     mark = re.escape(marks.delimiter)
     found = re.finditer(f"{mark}(?:\\s*{mark})*", text)
     cuts = [match.end() for match in found if text[: match.start()].strip() and text[match.end() :].strip()]

@@ -17,6 +17,7 @@ from grpo_mega.errors import CheckpointError
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.formats.hugging_face import write_companions
 from grpo_mega.model.specs import TrunkModel
+from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh
 from grpo_mega.trainer.policy import Policy
 from grpo_mega.trainer.records import raise_together, unwritable, write_together, writing
@@ -43,6 +44,21 @@ def latest(directory: Path) -> Path | None:
             found, remedy = "a newer megatron-core wrote", f"go on with that one (Python 3.12), or {remedy}"
         raise CheckpointError(f"{pointer} names the checkpoint {name!r}, which {found}; {remedy}")
     return directory / name
+
+
+def latest_together(directory: Path, mesh: Mesh) -> Path | None:
+    """`latest` as the writing rank finds it, on every rank: all must go on from the same step, or none.
+
+    Every rank must call, and raises what the writer would.
+    """
+    mine = failure = None
+    if mesh.is_writer:
+        try:
+            mine = latest(directory)
+        except CheckpointError as error:
+            failure = error
+    raise_together(mesh, failure)
+    return collectives.broadcast_object(mine, mesh.world.group)
 
 
 def save(directory: Path, step: int, policy: Policy, state: dict[str, Any], mesh: Mesh, arch: Architecture) -> Path:

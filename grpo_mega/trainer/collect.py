@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from grpo_mega.data.advantages import with_advantages
 from grpo_mega.parallel import collectives
-from grpo_mega.rewards.score import score_groups
-from grpo_mega.rewards.steps import Marks
 from grpo_mega.trainer.records import is_degenerate_group, write_together
 from grpo_mega.trainer.setup import Run
 from grpo_mega.types import Completion, Group, Prompt, Rollout
@@ -68,22 +66,8 @@ def _round(run: Run, step: int, count: int) -> list[Group]:
 
 
 def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Group]:
-    """Rewards, asked for once a completion (by one rank of each replica) and told to the replica's others."""
-    groups = None
-    if run.mesh.leads_replica:
-        reward, rule = run.inputs.reward, run.recipe.reward
-        marks = None if rule.steps is None else Marks(rule.steps.delimiter, run.inputs.tokenizer.decode)
-        groups = score_groups(
-            prompts,
-            completions,
-            reward,
-            truncated=rule.truncated,
-            truncation_reward=rule.truncation_reward,
-            marks=marks,
-        )
-    return collectives.broadcast_object(
-        collectives.broadcast_object(groups, run.mesh.replica.group), run.mesh.context.group
-    )
+    """Rewards of these completions, told to the replica's other ranks. Every rank must call."""
+    return run.scoring(prompts, completions)
 
 
 def _ordered(groups: Sequence[Group]) -> list[Group]:

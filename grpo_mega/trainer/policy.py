@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,9 +25,9 @@ from grpo_mega.model.context import ContextRows
 from grpo_mega.model.experts import Routing
 from grpo_mega.model.optimizer import build_optimizer, settle, wrap_for_training
 from grpo_mega.model.specs import ModelParts
-from grpo_mega.parallel import collectives, vocab
+from grpo_mega.parallel import collectives
 from grpo_mega.parallel.context import in_rows, places_of, summed
-from grpo_mega.parallel.mesh import Mesh
+from grpo_mega.trainer.heads import Head
 from grpo_mega.types import Mean, Metrics, Microbatch, Segments, TokenBatch, add_metrics
 
 # (logprobs [n], entropies [n], the same tokens' weights and advantages) -> (sum of weighted token losses, metrics); the
@@ -51,24 +50,25 @@ Objective = TokenObjective | WholeSequences
 
 
 class Scorer:
-    """A model's log-probs of given tokens; without gradients this is all that a reference needs."""
+    """A model's log-probs of given tokens (or whatever its head reads); without gradients all a reference needs."""
 
-    def __init__(self, model: ModelParts, vocab_size: int, mesh: Mesh, temperature: float):
-        self.model, self.vocab_size, self.mesh, self.temperature = model, vocab_size, mesh, temperature
+    def __init__(self, head: Head):
+        self.head, self.model, self.mesh = head, head.model, head.mesh
         # of log-probs and of what the objective multiplies them with: bf16 would round a loss weight by 0.4 %
-        self.dtype = torch.promote_types(model.config.params_dtype, torch.float32)
-        self._entry: Sequence[nn.Module] = list(model)  # what megatron's schedule calls
+        self.dtype = torch.promote_types(head.model.config.params_dtype, torch.float32)
+        self._entry: Sequence[nn.Module] = list(head.model)  # what megatron's schedule calls
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Microbatch], tick: Tick = silent) -> list[Tensor | None]:
         """`[T]` log-probs of each microbatch's targets, 0 where not trained; None on all but the last stage.
 
-        Under `sampling.temperature`, like every log-prob of the step: the policy is the tempered distribution.
+        Under `sampling.temperature`, like every log-prob of the step: the policy is the tempered distribution. A reward
+        model's are its scores.
         """
 
         def collect(batch: Microbatch, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
             rows = batch.loss_weights.nonzero().squeeze(1)
-            values, _ = vocab.logprobs_and_entropies(**self._head(hidden, batch, rows))
+            values = self.head.values(hidden, batch, rows)
             return torch.zeros_like(batch.loss_weights, dtype=values.dtype).index_copy(0, rows, values)
 
         found = self._run(batches, collect, tick, forward_only=True)
@@ -118,30 +118,13 @@ class Scorer:
         """What a mixture's routers are told of this rank's rows; a reference's choose for themselves."""
         return None
 
-    def _head(self, hidden: Tensor, batch: Microbatch, rows: Tensor) -> dict[str, Any]:
-        """What the vocab-parallel operators are given.  hidden [T or T / tp, 1, H]; rows [n]: the trained ones."""
-        return {
-            "hidden": hidden[:, 0],
-            "weight": self.model.output_weight(),
-            "targets": batch.targets[rows],
-            "rows": rows,
-            "vocab_size": self.vocab_size,
-            "group": self.mesh.tensor.group,
-            "sequence_parallel": self.model.config.sequence_parallel,
-            "temperature": self.temperature,
-            "kept": batch.kept,
-        }
-
 
 class Policy(Scorer):
     """The model that is trained: gradient buffers, optimizer and schedule around it."""
 
     def __init__(
         self,
-        model: ModelParts,
-        vocab_size: int,
-        mesh: Mesh,
-        temperature: float,
+        head: Head,
         settings: OptimizerConfig,
         num_steps: int,
         *,
@@ -150,9 +133,11 @@ class Policy(Scorer):
     ):
         """replays: updates choose a mixture's experts as the last `logprobs` of their microbatches did (Routing Replay,
         arXiv:2507.18071, section 5.3)."""
-        super().__init__(model, vocab_size, mesh, temperature)
+        super().__init__(head)
         self._replays, self._records, self._row_weight = replays, False, 0.0
-        self.buffers = self._entry = wrap_for_training(model, mesh, distributed=settings.distributed, overlap=overlap)
+        self.buffers = self._entry = wrap_for_training(
+            head.model, head.mesh, distributed=settings.distributed, overlap=overlap
+        )
         self.optimizer, self.scheduler = build_optimizer(self.buffers, settings, num_steps)
 
     def settled(self) -> ModelParts:
@@ -200,7 +185,7 @@ class Policy(Scorer):
 
         def loss(batch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Metrics]:
             rows = batch.loss_weights.nonzero().squeeze(1)
-            tokens, head = batch.take(rows), self._head(hidden, batch, rows)
+            tokens = batch.take(rows)
             count = torch.tensor(batch.rows, dtype=torch.int, device=hidden.device)
             metrics: Metrics = {}
 
@@ -213,10 +198,10 @@ class Policy(Scorer):
 
             if isinstance(objective, WholeSequences):
                 tokens = replace(tokens, segments=self._segments(batch, rows))
-                total, more = objective.objective(*vocab.logprobs_and_entropies(**head), tokens)
+                total, more = objective.objective(*self.head.differentiable(hidden, batch, rows), tokens)
                 report(total.detach(), more)
                 return total, count, metrics
-            return vocab.one_sweep_loss(**head, objective=of_chunk, report=report), count, metrics
+            return self.head.loss(hidden, batch, rows, of_chunk, report), count, metrics
 
         self._row_weight = self._weight_of_rows(batches)
         for part in self.buffers:

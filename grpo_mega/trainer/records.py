@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_mega.config import Recipe, load_recipe, to_yaml
+from grpo_mega.config import Recipe, to_yaml
+from grpo_mega.config.loading import load_as
+from grpo_mega.config.parallel import LAYOUT_KEYS
+from grpo_mega.config.reward_training import RewardRecipe
 from grpo_mega.data.balance import imbalance
 from grpo_mega.errors import ConfigError, GrpoMegaError, RunDirectoryError
 from grpo_mega.objective.advantages import is_degenerate
@@ -24,16 +27,13 @@ if TYPE_CHECKING:
     from grpo_mega.trainer.tensorboard import Scalars
 
 # settings that a resumed run may change: where, how long and in what portions, not what a step computes
-FREE_SECTIONS = ("parallel",)
+FREE_SECTIONS = ("parallel", "evaluation")
 FREE_KEYS = {
     *(("run", key) for key in ("directory", "num_steps", "save_every", "evaluate_every")),
     *(("sampling", key) for key in ("max_rows", "tensor", "pipeline", "expert", "expert_tensor")),
     *(("batch", key) for key in ("tokens_per_microbatch", "fixed_rows")),
     ("model", "recompute"),
-    *(
-        ("reference", key)
-        for key in ("tensor", "pipeline", "context", "expert", "expert_tensor", "sequence", "offload")
-    ),
+    *((section, key) for section in ("reference", "reward_models") for key in (*LAYOUT_KEYS, "offload")),
 }
 
 
@@ -85,7 +85,7 @@ class RunDirectory:
     What can be written no more is a RunDirectoryError, raised before anything half-written has a name that counts.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe | RewardRecipe):
         self.recipe = recipe
         self.path = Path(recipe.run.directory)
         self.checkpoints = self.path / "checkpoints"
@@ -95,15 +95,9 @@ class RunDirectory:
     def check(self) -> None:
         """Raise ConfigError if the directory cannot be written or holds a run with other settings."""
         existing = self.path / "recipe.yaml"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path) as file:  # permission bits say little about a network's folder
-                file.write(b"x")
-        except OSError as error:
-            reason = "it is a file" if self.path.is_file() else error.strerror
-            raise ConfigError(f"run.directory={self.path} cannot be used ({reason}); choose another") from None
+        check_writable(self.path, "run.directory")
         if existing.exists():
-            for change in _differences(load_recipe(existing).model_dump(), self.recipe.model_dump()):
+            for change in _differences(load_as(type(self.recipe), existing).model_dump(), self.recipe.model_dump()):
                 raise ConfigError(
                     f"run.directory={self.path} holds a run with {change}; use another run.directory, or go on with "
                     "the settings it began with"
@@ -116,14 +110,20 @@ class RunDirectory:
 
         rollouts = self.path / "rollouts"
         with writing(self.path):
-            rollouts.mkdir(exist_ok=True)
-            _replace(self.path / "recipe.yaml", to_yaml(self.recipe).encode())
+            if isinstance(self.recipe, Recipe):
+                rollouts.mkdir(exist_ok=True)
+            replace_file(self.path / "recipe.yaml", to_yaml(self.recipe).encode())
             # a run begins with an evaluation of what it starts from, step first_step - 1
-            for name, end in (("metrics", first_step), ("timings", first_step), ("evaluations", first_step - 1)):
+            for name, end in (
+                ("metrics", first_step),
+                ("timings", first_step),
+                ("evaluations", first_step - 1),
+                ("reward_models", first_step - 1),
+            ):
                 file = self.path / f"{name}.jsonl"
                 if file.exists():
                     lines = [json.dumps(record) + "\n" for record in read_lines(file)[0] if record["step"] < end]
-                    _replace(file, "".join(lines).encode())
+                    replace_file(file, "".join(lines).encode())
             for file in (*rollouts.glob("step_*.parquet"), *rollouts.glob("*.partial")):
                 if file.suffix == ".partial" or int(file.stem.removeprefix("step_")) >= first_step:
                     file.unlink()
@@ -137,7 +137,7 @@ class RunDirectory:
         from grpo_mega.trainer.rollout_file import rollout_bytes
 
         with writing(self.path):
-            _replace(self.path / "rollouts" / f"step_{step:06d}.parquet", rollout_bytes(step, groups))
+            replace_file(self.path / "rollouts" / f"step_{step:06d}.parquet", rollout_bytes(step, groups))
 
     def write_step(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """A line of metrics.jsonl (what a second run repeats bit for bit), one of timings.jsonl, and both as curves."""
@@ -147,11 +147,18 @@ class RunDirectory:
             curves = {f"metrics/{name}": value for name, value in metrics.items()}
             self._curves["training"].add(step, curves | {f"timings/{name}": value for name, value in timings.items()})
 
-    def write_evaluation(self, step: int, reward: float) -> None:
-        """A line of evaluations.jsonl and a point of the curve that lies over the training reward's."""
+    def write_heldout(self, step: int, values: Mapping[str, float]) -> None:
+        """A line of evaluations.jsonl and a point of each curve; the reward's lies over that of training."""
         with writing(self.path):
-            self._append("evaluations.jsonl", {"step": step, "reward": reward})
-            self._curves["evaluation"].add(step, {"metrics/reward": reward})
+            self._append("evaluations.jsonl", {"step": step, **values})
+            curves = {key: value for key, value in values.items() if key not in ("problems", "completions")}
+            self._curves["evaluation"].add(step, {f"metrics/{name}": value for name, value in curves.items()})
+
+    def write_reward_model(self, steps_done: int, name: str, values: Mapping[str, float]) -> None:
+        """A line of reward_models.jsonl: what a reward model learned after so many steps."""
+        with writing(self.path):
+            self._append("reward_models.jsonl", {"step": steps_done, "model": name, **values})
+            self._curves["training"].add(steps_done, {f"{name}/{key}": value for key, value in values.items()})
 
     def close(self) -> None:
         """Every line is on disk already: what remains is to let go of the curves' files."""
@@ -163,6 +170,17 @@ class RunDirectory:
         record = {key: None if value != value else value for key, value in record.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def check_writable(path: Path, said: str) -> None:
+    """Make the directory that a user names by `said`. Raises ConfigError unless files can be written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:  # permission bits say little about a network's folder
+            file.write(b"x")
+    except OSError as error:
+        reason = "it is a file" if path.is_file() else error.strerror
+        raise ConfigError(f"{said}={path} cannot be used ({reason}); choose another") from None
 
 
 @contextmanager
@@ -240,7 +258,7 @@ class StepCost:
     work: Sequence[Sequence[float]]  # of the microbatches of each minibatch, in rows
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Whole or not at all, and durable when this returns."""
     aside = path.with_name(path.name + ".partial")
     try:
@@ -264,7 +282,15 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     for section, values in now.items():
         if section in FREE_SECTIONS:
             continue
-        for key, value in values.items():
-            if (section, key) not in FREE_KEYS and before[section][key] != value:
-                found.append(f"{section}.{key}={before[section][key]!r}, this recipe says {value!r}")
+        was, values = _flat(section, before.get(section, {})), _flat(section, values)
+        for key in {**was, **values}:
+            if (section, key.rpartition(".")[2]) not in FREE_KEYS and was.get(key) != values.get(key):
+                found.append(f"{section}.{key}={was.get(key)!r}, this recipe says {values.get(key)!r}")
     return found
+
+
+def _flat(section: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of a section; of one with named entries, NAME.key."""
+    if section != "reward_models":
+        return values
+    return {f"{name}.{key}": value for name, entry in values.items() for key, value in entry.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from grpo_mega.config import Recipe
 from grpo_mega.model import bridge
+from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.build import DTYPES, build_model
 from grpo_mega.model.families import read_architecture
 from grpo_mega.model.layout import layers_per_stage
 from grpo_mega.model.offload import HostWeights
 from grpo_mega.parallel import collectives
 from grpo_mega.parallel.mesh import Mesh, another_layout
+from grpo_mega.trainer.heads import TokenHead
 from grpo_mega.trainer.policy import Scorer, Tick, silent
 from grpo_mega.types import Kept, Microbatch
 
@@ -30,7 +32,7 @@ def build_reference(recipe: Recipe, mesh: Mesh, tick: bridge.Tick = bridge.silen
     dtype = DTYPES[recipe.precision.reference or recipe.precision.dtype]
     with own.active():
         model = build_model(arch, own, layout, dtype=dtype, trainable=False, tick=tick)
-    scorer = Scorer(model, arch.vocab_size, own, recipe.sampling.temperature)
+    scorer = Scorer(TokenHead(model, arch.vocab_size, own, recipe.sampling.temperature))
     return Reference(scorer, mesh, offload=recipe.reference.offload, layers=stages)
 
 
@@ -57,9 +59,15 @@ class Reference:
                 return self._scorer.logprobs(batches, tick)
             return self._routed(batches, tick)
 
-    def load(self, folder: Path, tick: bridge.Tick = bridge.silent) -> None:
-        """Become the model of a Hugging Face folder, one of the same shape. Every rank must call."""
-        scorer, arch = self._scorer, read_architecture(str(folder))
+    def load(
+        self,
+        folder: Path,
+        tick: bridge.Tick = bridge.silent,
+        read: Callable[[str], Architecture] = read_architecture,
+    ) -> None:
+        """Become the model of a Hugging Face folder, one of the same shape, whose config.json is `read`. Every rank
+        must call."""
+        scorer, arch = self._scorer, read(str(folder))
         with nullcontext() if self._weights is None else self._weights.rewritten(), scorer.mesh.active():
             bridge.load(scorer.model, arch, bridge.Place.of(scorer.mesh, self._layers), tick)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from grpo_mega.config import Recipe
+from grpo_mega.config import Recipe, SamplingConfig
 from grpo_mega.data.corpus import load_corpus
 from grpo_mega.data.mixture import PromptStream
 from grpo_mega.data.prompts import DataCounts, Renderer, prompts_of
@@ -27,11 +29,14 @@ from grpo_mega.rollout.demonstrations import Demonstrations
 from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply, sampling_layout
+from grpo_mega.trainer.heads import TokenHead
 from grpo_mega.trainer.objective import StepObjective
 from grpo_mega.trainer.policy import Policy
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.records import RunDirectory
 from grpo_mega.trainer.reference import Reference, build_reference
+from grpo_mega.trainer.reward_model import Judge, RewardModel, build_reward_models, check_conversations, read_judges
+from grpo_mega.trainer.scoring import Scoring
 from grpo_mega.types import Prompt
 
 
@@ -47,6 +52,7 @@ class Inputs:
     reward: tuple[Part, ...]
     directory: RunDirectory
     layers: tuple[int, ...]
+    judges: Mapping[str, Judge] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,15 @@ class Run:
     mesh: Mesh
     policy: Policy
     reference: Reference | None
+    scoring: Scoring
     sampler: Sampler
-    examiner: Sampler
+    examiner: Sampler  # of held-out problems
     objective: StepObjective
     progress: Progress
+
+    @property
+    def reward_models(self) -> Mapping[str, RewardModel]:
+        return self.scoring.models
 
 
 def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
@@ -81,13 +92,15 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
             raise DataError(f"{error}{aside}") from None
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.tokenizer, recipe.data.chat_template)
     check_vocabulary(tokenizer, recipe.model.tokenizer or recipe.model.path, arch.vocab_size)
-    render = render_heldout = Renderer(recipe.data, tokenizer, limit, arch.context_length)
-    if demonstrated:
-        stops = stop_tokens(recipe, tokenizer)
-        render = Renderer(recipe.data, tokenizer, limit, arch.context_length, stops=stops)
+    stops = stop_tokens(tokenizer, recipe.sampling) if demonstrated else None
+    render = Renderer(recipe.data, tokenizer, limit, arch.context_length, stops=stops)
     directory = RunDirectory(recipe)
     directory.check()
-    prompts, heldout, counts = prompts_of(corpus, render, seed=recipe.run.seed, render_heldout=render_heldout)
+    prompts, heldout, counts = prompts_of(
+        corpus, render, seed=recipe.run.seed, render_heldout=heldout_renderer(recipe, tokenizer, arch)
+    )
+    judges = read_judges(recipe)
+    check_conversations(judges, [*([] if demonstrated else prompts.everything()), *heldout])
     return Inputs(
         arch=arch,
         tokenizer=tokenizer,
@@ -95,14 +108,23 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         heldout=heldout,
         data=counts,
         reward=reward,
+        judges=judges,
         directory=directory,
         layers=layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout),
     )
 
 
-def stop_tokens(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+def stop_tokens(tokenizer: ChatTokenizer, rule: SamplingConfig) -> tuple[int, ...]:
     """The tokens that end a completion."""
-    return (*tokenizer.stop_token_ids, *recipe.sampling.stop_token_ids)
+    return (*tokenizer.stop_token_ids, *rule.stop_token_ids)
+
+
+def heldout_renderer(recipe: Recipe, tokenizer: ChatTokenizer, arch: Architecture) -> Renderer:
+    """What puts held-out problems: beside completions of evaluation's own length, if it has one."""
+    own = recipe.evaluation.max_completion_tokens is not None
+    key = f"{'evaluation' if own else 'sampling'}.max_completion_tokens"
+    limit = recipe.evaluation_sampling.max_completion_tokens
+    return Renderer(recipe.data, tokenizer, limit, arch.context_length, key)
 
 
 def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) -> Run:
@@ -113,10 +135,7 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         arch, mesh, recipe.parallel, dtype=dtype, recompute=recipe.model.recompute, moe=recipe.moe, tick=progress.tick
     )
     policy = Policy(
-        model,
-        arch.vocab_size,
-        mesh,
-        recipe.sampling.temperature,
+        TokenHead(model, arch.vocab_size, mesh, recipe.sampling.temperature),
         recipe.optimizer,
         recipe.run.num_steps,
         overlap=recipe.parallel.overlap,
@@ -126,22 +145,25 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         fine = bridge.tensors(model, arch, bridge.Place.of(mesh, inputs.layers), torch.float32)
         start_main_weights(policy.optimizer, fine)
     reference = build_reference(recipe, mesh, progress.tick) if recipe.grpo.kl_coef > 0 else None
+    models = build_reward_models(recipe, inputs.judges, mesh)
+    scoring = Scoring(recipe.reward, inputs.reward, models, inputs.tokenizer.decode, mesh, progress.tick)
     sampler: Sampler = Demonstrations()
     examiner = sampler  # which nobody asks unless problems are held out
     if recipe.sampling.source == "policy" or inputs.heldout:
-        examiner = build_sampler(recipe, inputs, mesh, policy, progress)
-    if recipe.sampling.source == "policy":
-        sampler = examiner
-    return Run(recipe, inputs, mesh, policy, reference, sampler, examiner, StepObjective(recipe), progress)
+        sampler_of = build_samplers(recipe, inputs, mesh, policy, progress)
+        examiner = sampler_of(recipe.evaluation_sampling)
+        sampler = sampler_of(recipe.sampling) if recipe.sampling.source == "policy" else sampler
+    return Run(recipe, inputs, mesh, policy, reference, scoring, sampler, examiner, StepObjective(recipe), progress)
 
 
-def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, progress: Progress) -> Sampler:
-    """A sampler on the training weights, or on a copy where sampling has a layout or a dtype of its own.
+def build_samplers(
+    recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, progress: Progress
+) -> Callable[[SamplingConfig], Sampler]:
+    """Samplers on the training weights, or on one copy where sampling has a layout or a dtype of its own.
 
     Context ranks, which share rows in training, are data ranks in sampling: every rank has the same weights as before.
     """
-    rule, current = recipe.sampling, mesh
-    layout = sampling_layout(recipe)
+    current, layout = mesh, sampling_layout(recipe)
     dtype = recipe.precision.sampling or recipe.precision.dtype
     if layout.sizes != recipe.parallel.sizes:
         current = another_layout(mesh, **layout.sizes)
@@ -158,18 +180,32 @@ def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, pr
         model = policy.settled()
         return model.eval() if copy is None else copy.refresh()
 
-    truncation = Truncation.of(rule.top_k, rule.top_p)
-
-    def decoder() -> Decoder:
+    def decoder(rule: SamplingConfig) -> Decoder:
+        truncation = Truncation.of(rule.top_k, rule.top_p)
         return Decoder(weights(), inputs.arch.vocab_size, current, rule.temperature, progress.tick, truncation)
 
+    return lambda rule: sampler_on(
+        partial(decoder, rule), current, inputs.tokenizer, rule, recipe.run.seed, routes=current is not mesh
+    )
+
+
+def sampler_on(
+    make_decoder: Callable[[], Decoder],
+    mesh: Mesh,
+    tokenizer: ChatTokenizer,
+    rule: SamplingConfig,
+    seed: int,
+    *,
+    routes: bool = False,
+) -> Sampler:
+    """A sampler by `rule` of what `make_decoder` decodes on `mesh`."""
     return InProcessSampler(
-        decoder,
-        current,
-        seed=recipe.run.seed,
+        make_decoder,
+        mesh,
+        seed=seed,
         max_completion_tokens=rule.max_completion_tokens,
-        stop_token_ids=stop_tokens(recipe, inputs.tokenizer),
+        stop_token_ids=stop_tokens(tokenizer, rule),
         max_rows=rule.max_rows,
-        decode=inputs.tokenizer.decode,
-        routes=current is not mesh,
+        decode=tokenizer.decode,
+        routes=routes,
     )

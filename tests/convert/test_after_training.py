@@ -24,13 +24,14 @@ def train_and_export(folder, destination):
     from grpo_mega.model.families import read_architecture
     from grpo_mega.model.layout import layers_per_stage
     from grpo_mega.model.logits import logits_of
+    from grpo_mega.trainer.heads import TokenHead
     from grpo_mega.trainer.policy import Policy
 
     parallel = ParallelConfig(tensor=2, pipeline=2, sequence=True)
     mesh = initialize(**parallel.sizes)
     arch = read_architecture(folder)
     model = build_model(arch, mesh, parallel)
-    policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, OptimizerConfig(lr=1e-2), num_steps=1)
+    policy = Policy(TokenHead(model, arch.vocab_size, mesh, TEMPERATURE), OptimizerConfig(lr=1e-2), num_steps=1)
     several = samples()
     make = partial(pack, scale=2 * ROWS, dtype=torch.float32, device=mesh.device)
     batches = [make(bundles, ROWS) for bundles in ([several[:2]], [several[2:3]])]

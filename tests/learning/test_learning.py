@@ -1,10 +1,4 @@
-"""A tiny model learns by the real path, sharded either way; and not once the sign, the shift or the mask is broken.
-
-The task: two bytes, an ASCII one and another, in the order that the prompt's first letter asks for; half a point each.
-Who ignores the prompt earns half; who learns the second byte alone earns three quarters; who learns to repeat what it
-has just written earns half. Only a policy that reads its prompt and tells the two places apart passes the bar.
-By demonstrations, and by its own best completions, it learns the same task.
-"""
+"""A tiny model learns by the real path, sharded either way; and not once the sign, the shift or the mask is broken."""
 
 from __future__ import annotations
 
@@ -13,8 +7,8 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
-import tiny
 import torch
+from two_kinds import BAR, START, WINDOW, ends, make_task
 
 from grpo_mega.config import validate_recipe
 from grpo_mega.parallel import mesh
@@ -22,13 +16,7 @@ from grpo_mega.trainer import loop
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.setup import build_run, read_inputs
 
-STEPS, WINDOW = 30, 5  # the mean reward of the last steps is compared with that of the first
-START, BAR = 0.6, 0.8  # it starts below one and must end above the other
-
-
-def two_kinds(text, answer, row):
-    wanted = (True, False) if answer == "ascii first" else (False, True)
-    return sum(byte.isascii() == kind for byte, kind in zip(text, wanted, strict=False)) / 2
+STEPS = 30
 
 
 def flip_sign(batch):
@@ -73,9 +61,9 @@ def learn(tree, break_it=None):
         return parts if break_it is None else [[break_it(batch) for batch in part] for part in parts]
 
     with mock.patch.object(loop, "minibatches", minibatches), mock.patch.object(loop, "save"):
-        before = loop.evaluate(run, 0)[0] if inputs.heldout else None
+        before = loop.evaluate(run, 0).estimates["reward"].mean if inputs.heldout else None
         loop.train(run)
-        after = loop.evaluate(run, STEPS)[0] if inputs.heldout else None
+        after = loop.evaluate(run, STEPS).estimates["reward"].mean if inputs.heldout else None
     if grid.is_writer:
         lines = (inputs.directory.path / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], before, after
@@ -84,16 +72,7 @@ def learn(tree, break_it=None):
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A model and data, as the recipe's sections that name them."""
-    folder = tmp_path_factory.mktemp("learning")
-    model = tiny.make_model(
-        folder / "model", num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, tied=False, scale=0.2,
-    )  # fmt: skip
-    kinds = ("a", "ascii first"), ("b", "ascii last")
-    rows = [{"prompt": letter + "x" * n, "answer": answer} for n in range(5) for letter, answer in kinds]
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"model": {"path": str(model)}, "data": {"jsonl": str(data), "heldout": 0}}
+    return make_task(tmp_path_factory.mktemp("learning"))
 
 
 @pytest.fixture
@@ -101,7 +80,7 @@ def recipe(inputs, tmp_path):
     def make(**parallel):
         return inputs | {
             "parallel": parallel,
-            "reward": {"function": f"{__name__}:two_kinds"},
+            "reward": {"function": "two_kinds:two_kinds"},
             "sampling": {"max_completion_tokens": 2},
             "grpo": {"group_size": 16, "kl_coef": 0.001},
             "batch": {"prompts_per_step": 8, "tokens_per_microbatch": 512},
@@ -110,12 +89,6 @@ def recipe(inputs, tmp_path):
         }
 
     return make
-
-
-def ends(metrics):
-    """Mean reward of the first and of the last steps."""
-    rewards = [line["reward"] for line in metrics]
-    return sum(rewards[:WINDOW]) / WINDOW, sum(rewards[-WINDOW:]) / WINDOW
 
 
 def test_reward_rises_alike_at_tensor_2_and_pipeline_2(ranks, recipe):

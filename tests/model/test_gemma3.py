@@ -63,6 +63,7 @@ def answer(folder, layout):
     from grpo_mega.model.bridge import Place
     from grpo_mega.model.build import build_model
     from grpo_mega.model.layout import layers_per_stage
+    from grpo_mega.trainer.heads import TokenHead
     from grpo_mega.trainer.policy import Policy
 
     parallel_state.destroy_model_parallel()  # of the layout before
@@ -71,7 +72,7 @@ def answer(folder, layout):
     arch = read_architecture(folder)
     recompute = layout.get("recompute", "none")
     model = build_model(arch, mesh, parallel, dtype=torch.float64, recompute=recompute)
-    policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, OptimizerConfig(), num_steps=1)
+    policy = Policy(TokenHead(model, arch.vocab_size, mesh, TEMPERATURE), OptimizerConfig(), num_steps=1)
     s = samples()
     batches = [
         pack(bundles, ROWS, scale=2 * ROWS, dtype=torch.float64, device=mesh.device)

@@ -129,6 +129,7 @@ def answer(folder, layout, dtype):
     from grpo_mega.model.build import build_model
     from grpo_mega.model.families import read_architecture
     from grpo_mega.model.layout import layers_per_stage
+    from grpo_mega.trainer.heads import TokenHead
     from grpo_mega.trainer.policy import Policy
 
     parallel_state.destroy_model_parallel()  # of the layout before
@@ -140,7 +141,9 @@ def answer(folder, layout, dtype):
     mesh = initialize(**parallel.sizes)
     arch = read_architecture(folder)
     model = build_model(arch, mesh, parallel, dtype=dtype, recompute=layout.recompute)
-    policy = Policy(model, arch.vocab_size, mesh, TEMPERATURE, OptimizerConfig(), num_steps=1, overlap=layout.overlap)
+    policy = Policy(
+        TokenHead(model, arch.vocab_size, mesh, TEMPERATURE), OptimizerConfig(), num_steps=1, overlap=layout.overlap
+    )
 
     s = samples()
     batches = [

@@ -281,7 +281,7 @@ def test_the_first_fault():
 def stepwise(pieces: list[str], parts: list[Part], truncated: Any = "reward", reason: Any = "stop") -> Rollout:
     """A completion whose tokens are the pieces, under process supervision with marks of ";"."""
     one = Completion(tuple(range(len(pieces))), (0.0,) * len(pieces), reason, "".join(pieces))
-    marks = Marks(";", lambda ids: "".join(pieces[i] for i in ids))
+    marks = Marks(lambda ids: "".join(pieces[i] for i in ids), delimiter=";")
     (group,) = score_groups([PROMPT], [[one]], parts, truncated=truncated, truncation_reward=-0.5, marks=marks)
     return group.rollouts[0]
 
@@ -323,3 +323,37 @@ def test_a_fault_leaves_steps_that_teach_nothing_by_themselves(result: Any, erro
 def test_a_penalized_completion_is_one_step():
     part = Part("p", 1.0, lambda *_: pytest.fail("asked"), per_step=True)
     assert stepwise(["a;", "b"], [part], "penalize", "length").steps == ((1, -0.5),)
+
+
+def test_a_models_outcomes_are_given():
+    """By weight beside a function's; what it could not score costs that completion; steps get a value each."""
+    parts = [Part("judge", 0.5, None, model="rm"), Part("one", 1.0, lambda text, answer, row: 1.0)]
+    completions = [[Completion((1,), (-1.0,), "stop", text=t) for t in "ab"], [Completion((1,), (-1.0,), "length")]]
+    prompts = [Prompt(n, "", (1,)) for n in range(2)]
+    given = {"rm": [((3.0,), None), (None, "DataError: too long")]}
+    rule = {"truncated": "penalize", "truncation_reward": -2.0}
+    (first, second), (third,) = (
+        group.rollouts for group in score_groups(prompts, completions, parts, given=given, **rule)
+    )
+    assert (first.reward, first.parts) == (2.5, (("judge", 3.0), ("one", 1.0)))
+    assert (second.reward, second.error) == (0.0, "judge: DataError: too long")
+    assert (third.reward, third.parts) == (-2.0, ())
+    (faulty, _), _ = (
+        group.rollouts
+        for group in score_groups(prompts, completions, parts, given={"rm": [((float("nan"),), None)] * 2}, **rule)
+    )
+    assert faulty.error == "judge: ValueError: the reward function returned nan, not a finite number"
+
+
+def test_a_process_models_outcomes_are_one_a_step():
+    ids = tuple(b"a\n\nb")
+    completion = Completion(ids, (-1.0,) * 4, "stop", text="a\n\nb")
+    marks = Marks(lambda ids: bytes(ids).decode(), delimiter="\n\n")
+    parts = [Part("judge", 2.0, None, per_step=True, model="rm")]
+    rule = {"truncated": "reward", "truncation_reward": 0.0, "marks": marks}
+    ((rollout,),) = (g.rollouts for g in score_groups([Prompt(0, "", (1,))], [[completion]], parts,
+                                                      given={"rm": [((0.25, 0.75), None)]}, **rule))  # fmt: skip
+    assert rollout.steps == ((2, 0.5), (3, 1.5)) and rollout.reward == 1.0 and rollout.parts == (("judge", 0.5),)
+    ((wrong,),) = (g.rollouts for g in score_groups([Prompt(0, "", (1,))], [[completion]], parts,
+                                                    given={"rm": [((0.25,), None)]}, **rule))  # fmt: skip
+    assert wrong.error == "judge: ValueError: the per-step function returned 1 results for 2 steps"

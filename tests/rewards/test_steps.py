@@ -10,7 +10,7 @@ from grpo_mega.rewards.steps import Marks, steps_of
 from grpo_mega.types import Completion
 
 
-def of_pieces(*pieces, delimiter="\n", stop=True):
+def of_pieces(*pieces, delimiter="\n", stop=True, **marks):
     """Token i is piece i; the stop token, which has no text, is the last."""
 
     def decode(ids):
@@ -21,7 +21,7 @@ def of_pieces(*pieces, delimiter="\n", stop=True):
     pieces = (*pieces, "") if stop else pieces
     ids = tuple(range(len(pieces)))
     completion = Completion(ids, (0.0,) * len(ids), "stop", decode(ids))
-    return steps_of(completion, Marks(delimiter, decode))
+    return steps_of(completion, Marks(decode, **(marks or {"delimiter": delimiter})))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,12 @@ def of_pieces(*pieces, delimiter="\n", stop=True):
 )
 def test_by_hand(pieces, delimiter, texts, ends):
     assert of_pieces(*pieces, delimiter=delimiter) == (texts, ends)
+
+
+def test_steps_of_so_many_tokens():
+    assert of_pieces("a", "b", "c", "d", every=2) == (["ab", "cd", ""], [1, 3, 4])
+    assert of_pieces("a", "b", "c", stop=False, every=2) == (["ab", "c"], [1, 2])
+    assert of_pieces("a", stop=False, every=2) == (["a"], [0])
 
 
 def test_a_completion_that_was_cut_ends_with_its_last_token():

@@ -62,13 +62,16 @@ CASES = (
     Case(**P),
     Case(**BOTH),
     Case("few"),
-    Case(max_rows=1, order=(4, 2, 0, 1, 3)),  # one prompt a wave
+    Case(top_k=1),  # greedy
+    Case(max_rows=2, order=(4, 2, 0, 1, 3)),  # less than a group
+    Case(max_rows=3, order=(4, 2, 0, 1, 3)),  # one prompt a wave
     Case(max_rows=7, order=(3, 0, 4, 1, 2)),  # two, two and one
     Case(tensor=2),
     Case(tensor=2, temperature=0.7),
     Case(tensor=2, sequence=True),
     Case(pipeline=2),
     Case(pipeline=2, max_rows=7, order=(3, 0, 4, 1, 2), temperature=0.7),
+    Case(pipeline=2, max_rows=2),
     Case(data=2),
     Case(tensor=3),
     Case(pipeline=3, stages=(1, 3, 1)),
@@ -145,6 +148,7 @@ def sample(folder, case, dtype):
     from grpo_mega.parallel.mesh import another_layout
     from grpo_mega.parallel.truncation import Truncation
     from grpo_mega.rollout.in_process import InProcessSampler
+    from grpo_mega.trainer.heads import TokenHead
     from grpo_mega.trainer.policy import Scorer
 
     parallel_state.destroy_model_parallel()  # of the case before
@@ -189,7 +193,7 @@ def sample(folder, case, dtype):
     # a mixture's ranks score equally many, an interleaved pipeline whole rounds, as the trainer's do
     count = -(-max_int(len(batches), mesh.data.group) // case.pipeline) * case.pipeline
     batches += [pack([], 64, scale=1.0, dtype=dtype, device="cpu")] * (count - len(batches))
-    scores = Scorer(model, arch.vocab_size, mesh, case.temperature).logprobs(batches)
+    scores = Scorer(TokenHead(model, arch.vocab_size, mesh, case.temperature)).logprobs(batches)
     scores = [s if s is None else s[b.loss_weights != 0].tolist() for s, b in zip(scores, batches, strict=True)]
     scores = scores[: len(mine)]
     return {
@@ -278,7 +282,16 @@ def same(group, wanted, tolerance, case):
 def test_tokens_are_where_their_uniform_falls_in_transformers_distribution(alone, folders, dtype, tolerance):
     from transformers import AutoModelForCausalLM
 
-    for case in (Case(), Case(temperature=0.7), Case("few"), Case("windows"), Case(**K), Case(**P), Case(**BOTH)):
+    for case in (
+        Case(),
+        Case(temperature=0.7),
+        Case("few"),
+        Case("windows"),
+        Case(**K),
+        Case(**P),
+        Case(**BOTH),
+        Case(top_k=1),
+    ):
         model = AutoModelForCausalLM.from_pretrained(folders[case.model]).double()
         for prompt in prompts():
             for number, completion in enumerate(alone[case]["groups"][prompt.index]):
@@ -326,7 +339,7 @@ def test_rows_end_at_a_stop_token_or_at_the_limit(alone, dtype, tolerance):
 @DTYPES
 def test_a_prompt_runs_once_and_a_finished_row_not_at_all(alone, dtype, tolerance):
     """Rows of every forward: the wave's prompts once each, then one a row that has still a token to draw."""
-    for case, wave_size in ((Case(), 5), (Case(max_rows=1, order=(4, 2, 0, 1, 3)), 1)):
+    for case, wave_size in ((Case(), 5), (Case(max_rows=3, order=(4, 2, 0, 1, 3)), 1)):
         groups = list(alone[case]["groups"].values())
         prompt_rows = [LENGTHS[place] for place in case.order]
         wanted = []

@@ -25,6 +25,7 @@ from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer import main
 from grpo_mega.trainer.batches import minibatches, with_logprobs
 from grpo_mega.trainer.check import check_cheaply
+from grpo_mega.trainer.heads import TokenHead
 from grpo_mega.trainer.objective import objective_of
 from grpo_mega.trainer.policy import Policy, Scorer
 from grpo_mega.trainer.records import RunDirectory
@@ -93,8 +94,7 @@ def compared(folders, parallel, own, scratch):
     with mock.patch.dict(DTYPES, fp32=torch.float64):
         references = [build_reference(recipe, grid) for recipe in recipes]
         model = build_model(arch, grid, recipes[0].parallel, dtype=torch.float64)
-    common = (model, arch.vocab_size, grid, 0.7, recipes[0].optimizer, 1)
-    policy = Policy(*common)
+    policy = Policy(TokenHead(model, arch.vocab_size, grid, 0.7), recipes[0].optimizer, 1)
     everything = list(groups())
     positions = grid.share(PROMPTS)
     (batches,) = minibatches([everything[i] for i in positions], positions, recipes[1], grid, torch.float64)
@@ -146,7 +146,7 @@ def global_reads(folders, parallel, own):
 
     (batches,) = minibatches(list(groups()), range(PROMPTS), recipe_of(folders, parallel, own), grid, torch.float32)
     model = watching("build", lambda: build_model(arch, other, layout, trainable=False))
-    watching("forward", lambda: Scorer(model, arch.vocab_size, other, 1.0).logprobs(batches))
+    watching("forward", lambda: Scorer(TokenHead(model, arch.vocab_size, other, 1.0)).logprobs(batches))
     return {phase: set(counts) for phase, counts in found.items()}
 
 

@@ -44,7 +44,7 @@ class Source:
 
 
 def sources_of(config: DataConfig, *, demonstrated: bool = False) -> tuple[tuple[Source, ...], Source | None]:
-    """The training sources in the recipe's order, and the held-out source if it names one.
+    """The training sources in the recipe's order (none where it only evaluates), and the held-out source if any.
 
     demonstrated: rows to train on have demonstrations (sampling.source=data); those of a held-out source may.
     """
@@ -67,7 +67,7 @@ def sources_of(config: DataConfig, *, demonstrated: bool = False) -> tuple[tuple
         )
         for i, entry in enumerate(config.sources)
     ]
-    if not training:
+    if not training and config.trains:
         training.append(Source(config, trained(fields("data", None, None), config.completion_field)))
     if heldout is None:
         return tuple(training), None

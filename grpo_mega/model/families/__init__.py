@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from grpo_mega.errors import ConfigError
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.families import deepseek, gemma3, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from grpo_mega.model.families.table import Family
 
 FAMILIES = {
     "LlamaForCausalLM": llama.FAMILY,
@@ -23,6 +26,12 @@ FAMILIES = {
     "DeepseekV2ForCausalLM": deepseek.V2,
     "DeepseekV3ForCausalLM": deepseek.V3,
 }
+_BOTH = ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "DeepseekV3")
+SCORED = {  # transformers' classes of a trunk with scores for a head
+    **{f"{kind}ForSequenceClassification": FAMILIES[f"{kind}ForCausalLM"] for kind in (*_BOTH, "DeepseekV2")},
+    **{f"{kind}ForTokenClassification": FAMILIES[f"{kind}ForCausalLM"] for kind in _BOTH},
+    "Gemma3TextForSequenceClassification": gemma3.FAMILY,
+}
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -32,12 +41,59 @@ def read_architecture(folder: str | Path) -> Architecture:
     return architecture_of(_read_json(folder), folder)
 
 
-def architecture_of(raw: dict[str, Any], folder: Path) -> Architecture:
+def read_scored(folder: str | Path) -> Architecture:
+    """The same of a reward model, whose head gives one score (or two, of no and of yes) for each row."""
+    folder = Path(folder)
+    return scored_architecture_of(_read_json(folder), folder)
+
+
+def read_trunk(folder: str | Path) -> tuple[Architecture, Architecture | None]:
+    """(a reward model's architecture, None) of its folder; of a language model's, the reward model's that is to be made
+    of it, and its own. Raises ConfigError."""
+    folder = Path(folder)
+    raw = _read_json(folder)
+    if (raw.get("architectures") or [None])[0] not in FAMILIES:
+        return scored_architecture_of(raw, folder), None
+    language_model = architecture_of(raw, folder)
+    return scored_architecture_of(scored_config(language_model), folder), language_model
+
+
+def scored_architecture_of(raw: dict[str, Any], folder: Path) -> Architecture:
+    """`read_scored` from the file's content; `folder`: whose it is."""
+    names = raw.get("architectures") or ["nothing"]
+    if names[0] in FAMILIES:
+        raise ConfigError(
+            f"{folder} is a {names[0]}, whose head gives tokens, not scores; `grpo-mega reward` trains a reward model "
+            "from one, or give the folder of a ...ForSequenceClassification"
+        )
+    arch = architecture_of(raw, folder, SCORED)
+    # transformers: num_labels is the length of id2label, by default 2
+    labels = len(raw["id2label"]) if raw.get("id2label") else int(raw.get("num_labels") or 2)
+    if labels > 2:
+        raise ConfigError(
+            f"{folder}/config.json has {labels} labels; a reward model has one (its score) or two (no and yes, the "
+            "value being the probability of yes)"
+        )
+    bias = names[0].endswith("ForTokenClassification") and bool(raw.get("token_classification_bias", True))
+    return replace(arch, labels=labels, score_bias=bias, tied_embeddings=False)
+
+
+def scored_config(arch: Architecture) -> dict[str, Any]:
+    """config.json of a reward model of one label on a language model's trunk."""
+    kind = arch.raw["architectures"][0].removesuffix("ForCausalLM")
+    kind = {"Gemma3": "Gemma3Text"}.get(kind, kind)
+    return arch.raw | {"architectures": [f"{kind}ForSequenceClassification"], "id2label": {"0": "score"},
+                       "label2id": {"score": 0}}  # fmt: skip
+
+
+def architecture_of(
+    raw: dict[str, Any], folder: Path, families: Mapping[str, Family] = MappingProxyType(FAMILIES)
+) -> Architecture:
     """The same from the file's content; `folder`: whose it is."""
     names = raw.get("architectures") or ["nothing"]
-    if names[0] not in FAMILIES:
-        raise ConfigError(f"{folder}/config.json names the architecture {names[0]!r}; supported: {', '.join(FAMILIES)}")
-    family = FAMILIES[names[0]]
+    if names[0] not in families:
+        raise ConfigError(f"{folder}/config.json names the architecture {names[0]!r}; supported: {', '.join(families)}")
+    family = families[names[0]]
     try:
         raw = family.text(raw)
         known = {**family.defaults, **raw}

@@ -86,6 +86,8 @@ def projections(theirs: str) -> tuple[str, str, str]:
 EMBEDDING = rows("embedding.word_embeddings.weight", "model.embed_tokens.weight", "vocab", "hidden")
 FINAL_NORM = same("decoder.final_layernorm.weight", "model.norm.weight", "hidden")
 OUTPUT = rows("output_layer.weight", "lm_head.weight", "vocab", "hidden")
+SCORE = same("output_layer.weight", "score.weight", "labels", "hidden")
+SCORE_BIAS = same("output_layer.bias", "score.bias", "labels")
 TIED_OUTPUT = rows("output_layer.weight", "model.embed_tokens.weight", "vocab", "hidden")
 
 
@@ -115,6 +117,8 @@ class Family:
 def dropped(arch: Architecture, name: str) -> str | None:
     """Why a tensor of the folder is left out; None if it is one of the model's, or unknown."""
     drops = {r".*rotary_emb\.inv_freq": "rotary frequencies follow from config.json", **arch.family.drops(arch)}
+    if arch.labels:
+        drops[r"lm_head\.weight"] = "a reward model has scores in the place of an output layer"
     if arch.tied_embeddings:
         drops[r"lm_head\.weight"] = "the output layer is tied to the embedding"
     return next((reason for pattern, reason in drops.items() if re.fullmatch(pattern, name)), None)
@@ -156,7 +160,10 @@ def top_tensors(arch: Architecture, *, first: bool, last: bool) -> tuple[list[Wh
     """megatron's tensors before and behind the layers of a stage that is the model's first or last or both."""
     tied = () if first else (TIED_OUTPUT,)
     before = (EMBEDDING,) if first else ()
-    behind = (FINAL_NORM, *(tied if arch.tied_embeddings else (OUTPUT,))) if last else ()
+    head: tuple[Row, ...] = tied if arch.tied_embeddings else (OUTPUT,)
+    if arch.labels:
+        head = (SCORE, SCORE_BIAS) if arch.score_bias else (SCORE,)
+    behind = (FINAL_NORM, *head) if last else ()
     return [_whole(arch, row, "", None) for row in before], [_whole(arch, row, "", None) for row in behind]
 
 
