@@ -50,6 +50,9 @@ def test_the_preset_is_maximum_likelihood_on_demonstrations():
         (NO_HELDOUT | {"reward": {"function": "my:f"}}, "reward.function=my:f would never be used with"),
         (NO_HELDOUT | {"precision": {"sampling": "bf16"}}, "precision.sampling=bf16 would never be used with"),
         (NO_HELDOUT | {"run": {"directory": "r", "evaluate_every": 2}}, "run.evaluate_every=2 would never be used wit"),
+        (NO_HELDOUT | {"reward_models": {"j": {"path": "m"}}}, "reward_models=j would never be used with sampling.sou"),
+        ({"reward_models": {"j": {"path": "m", "train": {"labels": "exact", "every": 1}}}}, "reward_models.j.train lear"
+         "ns from the policy's completions, and sampling.source=data trains on demonstrations"),
         ({"preset": "rft", "data": {"jsonl": "d", "completion_field": "c"}}, "data.completion_field=c would never be "),
         ({"preset": None, "data": {"sources": [{"jsonl": "d", "completion_field": "c"}]}}, "data.sources.0.completion"),
         ({"preset": ["sft", "dapo"]},

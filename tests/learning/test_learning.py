@@ -111,6 +111,7 @@ def test_no_learning_once_broken(ranks, recipe, break_it):
 def test_its_own_best_completions_teach_the_policy(ranks, recipe, break_it):
     """Rejection-sampling fine-tuning: of sixteen completions the best is imitated."""
     tree = recipe(pipeline=2) | {"preset": "rft", "grpo": {"group_size": 16}}
+    tree["run"] = tree["run"] | {"num_steps": 40}
     first, last = ends(ranks(2, learn, tree, break_it, timeout=120)[0][0])
     assert first < START and (last < START if break_it else last > BAR), f"{first:.3f} -> {last:.3f}"
 
@@ -128,8 +129,8 @@ def test_demonstrations_teach_the_policy_what_it_samples_for_other_prompts(ranks
     template.write_text(TURNS)
     rows = [
         {"prompt": letter + "x" * n, "completion": shown, "answer": answer}
-        for n in range(10)
-        for letter, answer, shown in (("a", "ascii first", f"{n}é"), ("b", "ascii last", f"é{n}"))
+        for n in range(16)
+        for letter, answer, shown in (("a", "ascii first", f"{n % 10}é"), ("b", "ascii last", f"é{n % 10}"))
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = recipe(pipeline=2) | {
@@ -139,6 +140,7 @@ def test_demonstrations_teach_the_policy_what_it_samples_for_other_prompts(ranks
         },
         "sampling": {"max_completion_tokens": 4},
         "grpo": {},
+        "evaluation": {"completions": 16},
     }  # fmt: skip
     metrics, first, last = ranks(2, learn, tree, break_it, timeout=120)[0]
     assert first < START and (last < START if break_it else last > BAR), f"{first:.3f} -> {last:.3f}"

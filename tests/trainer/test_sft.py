@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from grpo_mega.config import validate_recipe
 from grpo_mega.parallel import mesh
-from grpo_mega.trainer import collect, loop, main, setup
+from grpo_mega.trainer import collect, loop, main, setup, standalone
 from grpo_mega.trainer.progress import Progress
 from grpo_mega.trainer.setup import build_run, read_inputs
 
@@ -171,3 +171,5 @@ def test_held_out_problems_are_answered_by_the_policy_and_scored(tree, ranks, tm
         for row in parquet.read_table(file).to_pylist()
     }
     assert len(prompts) == 3  # of five; two are held out
+    alone = standalone.read_inputs(validate_recipe(with_run(tree | {"data": data}, tmp_path / "run", 2)), 1)
+    assert {prompt.text for prompt in alone.prompts} == SHOWN.keys() - prompts  # `grpo-mega eval` asks the same
