@@ -1,5 +1,5 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `eval` and `reward` alike, `report`,
-`selftest`, `convert`.
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `sft`, `reward` and `eval` alike;
+`report`, `selftest`, `convert`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
 A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo_mega.config import Recipe, load_recipe
-from grpo_mega.errors import GrpoMegaError
+from grpo_mega.errors import ConfigError, GrpoMegaError
 
 if TYPE_CHECKING:
     from grpo_mega.config.reward_training import RewardRecipe
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
     parser, commands = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if options.command not in ("train", "eval", "reward") and overrides:
+    if options.command not in ("train", "sft", "reward", "eval") and overrides:
         commands[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         if options.command == "selftest":
@@ -59,7 +59,8 @@ def run(arguments: Sequence[str]) -> int:
             return _evaluate(options, overrides, arguments)
         if options.command == "reward":
             return _train_reward(options.recipe, overrides, options.ranks, arguments)
-        return _train(options.recipe, overrides, options.ranks, arguments)
+        recipe = load_recipe(options.recipe, overrides) if options.command == "train" else _sft(options, overrides)
+        return _train(recipe, options.ranks, arguments)
     except GrpoMegaError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         # one write: print sends the line's end by itself, and ranks that share a terminal would mix their lines
@@ -94,7 +95,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "key can be given as --section.key value.",
         allow_abbrev=False,
     )
-    for command in (train, evaluation, reward):
+    sft = commands.add_parser(
+        "sft",
+        help="fine-tune a policy on demonstrations",
+        description="As train, with the preset sft: maximum likelihood on the data's demonstrations, which are what "
+        "data.completion_field holds, or the assistant's last message. Any recipe key can be given as --section.key "
+        "value.",
+        allow_abbrev=False,
+    )
+    for command in (train, sft, reward, evaluation):
         command.add_argument("recipe", help="a YAML file")
         command.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
     evaluation.add_argument(
@@ -124,7 +133,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "and logits of both sides are compared; what differs is not published (exit code 1).",
     )
     _add_convert(convert)
-    named = {"train": train, "eval": evaluation, "reward": reward, "report": report, "selftest": check}
+    named = {"train": train, "sft": sft, "reward": reward, "eval": evaluation, "report": report, "selftest": check}
     return parser, named | {"convert": convert}
 
 
@@ -200,22 +209,6 @@ def reward_ranks_to_fill(recipe: RewardRecipe) -> int:
     return max(1, min(local_devices(), replica * recipe.batch.examples_per_step, replica * fit) // replica) * replica
 
 
-def _train(path: str, overrides: Sequence[str], ranks: int | None, arguments: Sequence[str]) -> int:
-    recipe = load_recipe(path, overrides)
-
-    def work() -> None:
-        from grpo_mega.trainer.main import train
-
-        train(recipe)
-
-    def check(count: int) -> None:
-        from grpo_mega.trainer.check import check_cheaply
-
-        check_cheaply(recipe, count)
-
-    return _on_ranks(work, check, lambda: ranks_to_fill(recipe) if ranks is None else ranks, arguments)
-
-
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str], arguments: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, overrides)
 
@@ -252,6 +245,30 @@ def _train_reward(path: str, overrides: Sequence[str], ranks: int | None, argume
         check_reward(recipe, count)
 
     return _on_ranks(work, check, lambda: reward_ranks_to_fill(recipe) if ranks is None else ranks, arguments)
+
+
+def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
+    recipe = load_recipe(options.recipe, overrides, implied="sft")
+    if recipe.sampling.source != "data":
+        raise ConfigError(
+            f"{options.recipe}: grpo-mega sft trains on demonstrations, and sampling.source={recipe.sampling.source} "
+            "does not; leave that key out, or use grpo-mega train"
+        )
+    return recipe
+
+
+def _train(recipe: Recipe, ranks: int | None, arguments: Sequence[str]) -> int:
+    def work() -> None:
+        from grpo_mega.trainer.main import train
+
+        train(recipe)
+
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_cheaply
+
+        check_cheaply(recipe, count)
+
+    return _on_ranks(work, check, lambda: ranks_to_fill(recipe) if ranks is None else ranks, arguments)
 
 
 def _on_ranks(

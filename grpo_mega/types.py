@@ -29,7 +29,8 @@ class Prompt:
     `index` is its position in the endless prompt stream (epochs included): with the seed and the completion's
     number it keys the sampling noise, so that no parallel layout can change a draw. `row` is the whole data row,
     handed to reward functions. `messages` is the conversation that `token_ids` render, {role, content} each, for who
-    reads it with another tokenizer; whole, where token_ids were cut on the left.
+    reads it with another tokenizer; whole, where token_ids were cut on the left. `demonstration` is what the row says
+    the policy should write, where that is trained on.
     """
 
     index: int
@@ -38,16 +39,19 @@ class Prompt:
     answer: str | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[Mapping[str, Any], ...] = ()
+    demonstration: Completion | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the policy wrote. `token_ids` holds the stop token when one was sampled (`finish_reason == "stop"`).
+    """What the policy wrote, or a row's demonstration. `token_ids` holds the stop token when one was sampled
+    (`finish_reason == "stop"`).
 
     `sampler_logprobs[i]` is ln q(token_ids[i] | what came before), q being the distribution sampled from.
     `near_boundary` counts draws whose uniform number fell within 1e-5 of a boundary of the cumulative distribution:
     those that the rounding of another layout is most likely to decide otherwise. Under top-k or top-p, kept[i] holds
     the ids (int32, ascending) of the tokens that draw i was from; None: of all.
+    A demonstration is not `drawn`: q is certain of it, and its sampler_logprobs are 0.
     """
 
     token_ids: tuple[int, ...]
@@ -55,6 +59,7 @@ class Completion:
     finish_reason: FinishReason
     text: str = ""
     near_boundary: int = 0
+    drawn: bool = True
     kept: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -37,6 +38,11 @@ def main() -> int:
     options, overrides = parser().parse_known_args()
     try:
         recipe = load_recipe(options.recipe, overrides)
+        if options.peer_python and recipe.sampling.source == "data":
+            raise ConfigError(
+                "sampling.source=data trains on demonstrations, and TRL's GRPOTrainer has no such step; leave "
+                "--peer-python out"
+            )
         if options.connect:
             one_rank(recipe, options)
             return 0
@@ -237,7 +243,7 @@ def one_rank(recipe: Recipe, options: argparse.Namespace) -> None:
 def last_step(directory: Path, several: Sequence[tuple[float, float]]) -> dict[str, float]:
     """The numbers of the step that has just ended; several: wall and CPU seconds of every rank."""
     record = json.loads((directory / "timings.jsonl").read_text().splitlines()[-1])
-    row = {phase: record[f"{phase}_s"] for phase in PHASES[:-1]}
+    row = {phase: record.get(f"{phase}_s", 0.0) for phase in PHASES[:-1]}  # demonstrations have no sampling, no reward
     wall = max(seconds for seconds, _ in several)
     return {
         **row,
@@ -245,7 +251,7 @@ def last_step(directory: Path, several: Sequence[tuple[float, float]]) -> dict[s
         "wall": wall,
         "cpu": sum(cpu for _, cpu in several),
         "tokens": record["completion_tokens"],
-        "sampled": record["sampling_tokens_per_s"],  # by the slowest replica
+        "sampled": record.get("sampling_tokens_per_s", math.nan),  # by the slowest replica
         "memory": record["peak_memory_bytes_a_rank"] * len(several),
         "processes": len(several),
     }

@@ -36,6 +36,7 @@ class SourceConfig(PlaceConfig):
 
 
 class MixtureSourceConfig(SourceConfig):
+    completion_field: Name | None = None  # default: data.completion_field
     weight: Annotated[float, Field(gt=0)] = 1.0  # its share of the prompts, relative to the other sources' weights
 
 
@@ -43,11 +44,14 @@ class DataConfig(PlaceConfig):
     sources: Annotated[tuple[MixtureSourceConfig, ...], Field(strict=False)] = ()  # several, instead of the one above
     prompt_field: Name = "prompt"  # a text, or a list of {role, content}; "a.b" is field b of field a
     answer_field: Name = "answer"
+    # of sampling.source=data: the demonstration, a text; default: the assistant's message that a conversation ends with
+    completion_field: Name | None = None
     system: str | None = None  # system message of the chat template; default: the template's own
     instruction: str = "{prompt}"  # the (last) user message; {prompt} is replaced by the data row's prompt
     chat_template: Name | None = None  # a Jinja file; default: the tokenizer's own template
     max_prompt_tokens: Positive | None = None  # default: what the context leaves beside a completion
-    # a longer prompt: an error, a row less (counted), or only its last tokens (counted)
+    # a longer prompt: an error, a row less (counted), or only its last tokens (counted); a demonstration that is longer
+    # than a completion may be: a row less under skip, an error otherwise
     overlong: Literal["refuse", "skip", "truncate_left"] = "refuse"
     heldout: NonNegative = 64  # problems kept out of training, for evaluation; with heldout_source at most so many
     heldout_source: SourceConfig | None = None  # a source of its own for them

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from grpo_mega.config.base import Section, nearest
-from grpo_mega.config.presets import expand
+from grpo_mega.config.presets import expand, with_preset
 from grpo_mega.config.recipe import Recipe
 from grpo_mega.errors import ConfigError
 
@@ -45,9 +45,9 @@ def to_yaml(recipe: Section) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, implied: str | None = None) -> Recipe:
     """Read, override and validate a recipe of `grpo-mega train`; see `load_as`."""
-    return load_as(Recipe, path, overrides)
+    return load_as(Recipe, path, overrides, implied=implied)
 
 
 def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -55,8 +55,10 @@ def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
     return validate_as(Recipe, tree, origin)
 
 
-def load_as(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
-    """Read, override and validate a command's recipe.
+def load_as(
+    schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), *, implied: str | None = None
+) -> Schema:
+    """Read, override and validate a command's recipe. implied: a preset that counts beside those that it names.
 
     overrides: ["--section.key", "value", "--section.key=value", ...]. A value is read as YAML (8, 1e-6, true, [1, 2]),
     except that a key which holds text takes it as it stands ("{prompt}" is YAML for a mapping); null unsets it.
@@ -91,7 +93,7 @@ def load_as(schema: type[Schema], path: str | Path, overrides: Sequence[str] = (
         if tree.get(section) is None:
             tree[section] = {}
         _set(tree[section], name, value, key)
-    return validate_as(schema, tree, str(path))
+    return validate_as(schema, tree if implied is None else with_preset(tree, implied), str(path))
 
 
 def validate_as(schema: type[Schema], tree: dict[str, Any], origin: str = "recipe") -> Schema:

@@ -13,6 +13,7 @@ from grpo_mega.config.grpo import PER_STEP, GrpoConfig
 from grpo_mega.config.parallel import OwnLayoutConfig, ParallelConfig
 from grpo_mega.config.reward import RewardConfig
 from grpo_mega.config.reward_model import RewardModelConfig
+from grpo_mega.config.source import check_source
 
 
 class ModelConfig(Section):
@@ -65,6 +66,8 @@ class PrecisionConfig(Section):
 
 
 class SamplingConfig(Section):
+    # where the completions come from that are trained on: the policy's samples, or the rows' demonstrations (SFT)
+    source: Literal["policy", "data"] = "policy"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     # draw among the k likeliest tokens (0: all), and of those among the fewest that hold this share of their mass. The
     # policy is then the truncated distribution: every log-prob, ratio, KL and entropy is over the tokens that were kept
@@ -176,6 +179,7 @@ class Recipe(Section):
             )
         self._check_old_logprobs()
         self._check_steps()
+        check_source(self)
         self.reward.check_lengths(self.sampling.max_completion_tokens)
         if self.data.heldout:
             self.evaluation.correct_part(self.reward)  # raises where the recipe does not decide it

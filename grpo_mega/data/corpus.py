@@ -36,8 +36,8 @@ class Corpus:
         yield from self.heldout
 
 
-def load_corpus(config: DataConfig, seed: int) -> Corpus:
-    """Read and split the recipe's data section.
+def load_corpus(config: DataConfig, seed: int, *, demonstrated: bool = False) -> Corpus:
+    """Read and split the recipe's data section. demonstrated: rows to train on must have demonstrations.
 
     Held out are the first `config.heldout` distinct problems, in an order shuffled by `seed`, one row each: of the
     held-out source if there is one (all of it, where it has fewer), otherwise of all training sources together. No
@@ -47,7 +47,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
 
     Raises DataError naming the file and line (or the task), the value found and the remedy.
     """
-    sources, heldout_source = sources_of(config)
+    sources, heldout_source = sources_of(config, demonstrated=demonstrated)
     loaded = [source.rows(seed) for source in sources]
     pool = [row for rows in loaded for row in rows] if heldout_source is None else heldout_source.rows(seed)
     heldout, distinct = _held_out(config, seed, pool, [source.name for source in sources])

@@ -20,7 +20,8 @@ class HuggingFaceTokenizer:
         self._tokenizer, self._name, self._template_origin = tokenizer, name, name
         if template is not None:
             tokenizer.chat_template, self._template_origin = template
-        eos = tokenizer.eos_token_id
+        self.end_token_id: int | None = tokenizer.eos_token_id
+        eos = self.end_token_id
         self.stop_token_ids: tuple[int, ...] = tuple(sorted({*more_stop_token_ids, *([] if eos is None else [eos])}))
         self.vocab_size: int = 1 + max(tokenizer.get_vocab().values())  # its length is less where ids have gaps
         special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
@@ -40,6 +41,9 @@ class HuggingFaceTokenizer:
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text))
+
+    def continuation_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -8,19 +8,21 @@ from typing import Any
 
 from grpo_mega.config import DataConfig
 from grpo_mega.data.corpus import Corpus
+from grpo_mega.data.demonstrations import demonstration
 from grpo_mega.data.mixture import PromptStream
 from grpo_mega.data.rows import Message, Row
 from grpo_mega.data.tokenizer import ChatTokenizer
 from grpo_mega.errors import ConfigError, DataError
-from grpo_mega.types import Prompt
+from grpo_mega.types import Completion, Prompt
 
 
 class Renderer:
     """Row -> Prompt: the instruction around the row's text, the chat template around that, and the length checked.
 
     A prompt may have data.max_prompt_tokens tokens, and never more than the context leaves beside a completion of
-    `max_completion_tokens`. Raises ConfigError at construction when that leaves no token, or when max_prompt_tokens
-    asks for more.
+    `max_completion_tokens`. Given `stops`, the tokens at which sampling stops, prompts carry demonstrations, each at
+    most as long as a completion. Raises ConfigError at construction when that leaves no token, or when
+    max_prompt_tokens asks for more.
     """
 
     def __init__(
@@ -30,10 +32,13 @@ class Renderer:
         max_completion_tokens: int,
         context_length: int,
         key: str = "sampling.max_completion_tokens",
+        *,
+        stops: Sequence[int] | None = None,
     ) -> None:
         """key: where the recipe says `max_completion_tokens`."""
         self._config, self._tokenizer, self.overlong = config, tokenizer, config.overlong
         self._completion, self._context, self.key = max_completion_tokens, context_length, key
+        self._stops = stops
         left = context_length - max_completion_tokens
         if left < 1:
             raise ConfigError(
@@ -45,17 +50,22 @@ class Renderer:
                 f"of {context_length}; use data.max_prompt_tokens={left}, or leave it out"
             )
         self.limit = config.max_prompt_tokens or left
+        self.limits = f"{self.limit} tokens"  # in words
+        if stops is not None:
+            self.limits += f", or a demonstration of more than {max_completion_tokens},"
 
     def __call__(self, row: Row, index: int) -> tuple[Prompt | None, bool]:
         """The prompt, and whether it was over-long: then it is None under data.overlong=skip, and its last `limit`
-        tokens under truncate_left (what the template puts first, a system message say, goes first).
+        tokens under truncate_left (what the template puts first, a system message say, goes first). A demonstration is
+        never cut: an over-long one makes its prompt None under `skip`, and is refused otherwise.
 
         Raises DataError naming the row when the prompt is over-long under `refuse`, has no tokens, or has no place in
-        the chat template.
+        the chat template, and what `demonstration` raises.
         """
         messages, text = self._messages(row)
         try:
             token_ids = self._tokenizer.prompt_ids(messages)
+            shown = self._shown(row, messages, token_ids)
         except DataError as error:
             raise DataError(f"{row['origin']}: {error}") from None
         if not token_ids:
@@ -63,11 +73,31 @@ class Renderer:
         overlong = len(token_ids) > self.limit
         if overlong and self.overlong == "refuse":
             raise DataError(f"{row['origin']}: {self._refusal(len(token_ids))}")
-        if overlong and self.overlong == "skip":
+        too_much = shown is not None and len(shown.token_ids) > self._completion
+        if (overlong or too_much) and self.overlong == "skip":
             return None, True
-        token_ids = token_ids[-self.limit :]
-        prompt = Prompt(index, text, token_ids, answer=row["answer"], row=row["fields"], messages=tuple(messages))
+        if shown is not None and too_much:
+            raise DataError(
+                f"{row['origin']}: the demonstration has {len(shown.token_ids)} tokens, the stop token among them, "
+                f"more than {self.key}={self._completion}; remove the row, raise that limit, or set data.overlong to "
+                "skip"
+            )
+        prompt = Prompt(
+            index=index,
+            text=text,
+            token_ids=token_ids[-self.limit :],
+            answer=row["answer"],
+            row=row["fields"],
+            messages=tuple(messages),
+            demonstration=shown,
+        )
         return prompt, overlong
+
+    def _shown(self, row: Row, messages: Sequence[Message], token_ids: Sequence[int]) -> Completion | None:
+        if self._stops is None:
+            return None
+        assert row["demonstration"] is not None, "sources read them where a recipe trains on them"
+        return demonstration(self._tokenizer, messages, token_ids, row["demonstration"], self._stops)
 
     def _messages(self, row: Row) -> tuple[list[Message], str]:
         """The conversation, and its last user message: there data.instruction surrounds what the row says."""
@@ -149,8 +179,9 @@ def prompts_of(
     corpus: Corpus, render: Renderer, *, seed: int, render_heldout: Renderer | None = None
 ) -> tuple[PromptStream, list[Prompt], DataCounts]:
     """The training stream, the held-out prompts, and the counts of both; every row is rendered, and so checked.
-    render_heldout: where held-out prompts have a length limit of their own.
 
+    render_heldout: what renders held-out rows (which need no demonstrations, and may have a length limit of their
+    own); default: as training's.
     Held-out prompts have the indices -1, -2, ...: no training prompt draws the same sampling noise.
     Raises DataError when a source has over-long prompts only, and what `render` raises.
     """
@@ -178,7 +209,7 @@ def _rendered(rows: Iterable[Row], render: Renderer, name: str) -> tuple[list[Pr
     prompts = [prompt for prompt, _ in pairs if prompt is not None]
     if pairs and not prompts:
         raise DataError(
-            f"every prompt of {name} ({len(pairs)} rows) has more than {render.limit} tokens and is skipped; raise "
+            f"every prompt of {name} ({len(pairs)} rows) has more than {render.limits} and is skipped; raise "
             f"data.max_prompt_tokens, lower {render.key}, or set data.overlong=truncate_left"
         )
     return prompts, sum(overlong for _, overlong in pairs)

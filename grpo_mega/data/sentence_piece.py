@@ -56,7 +56,7 @@ class SentencePieceTokenizer:
         self._forged = _any_of(text for text, i in self._special.items() if i in self._silent and len(text) > 1)
         self.vocab_size: int = max([size, *(i + 1 for i, _ in added.values())])
         self._bos = self._token(settings, "bos_token", self._pieces.bos_id())
-        eos = self._token(settings, "eos_token", self._pieces.eos_id())
+        eos = self.end_token_id = self._token(settings, "eos_token", self._pieces.eos_id())
         self._adds_bos = settings.get("add_bos_token") is not False
         self._prefixes_all = settings.get("legacy") is not False
         self.stop_token_ids: tuple[int, ...] = tuple(sorted({*more_stop_token_ids, *([] if eos is None else [eos])}))
@@ -83,6 +83,9 @@ class SentencePieceTokenizer:
     def text_ids(self, text: str) -> tuple[int, ...]:
         bos = [self._bos] if self._adds_bos and self._bos is not None else []
         return (*bos, *self._ids(self._marked(text)))
+
+    def continuation_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._without_prefix.encode(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Ids beyond the vocabulary are dropped like special tokens: a model may have more rows than its tokenizer."""

@@ -25,12 +25,14 @@ TOKENIZER_FILES = (
 class ChatTokenizer(Protocol):
     """A tokenizer with its chat template.
 
-    stop_token_ids: ascending; the tokenizer's end of sequence and what generation_config.json adds (end of turn).
+    stop_token_ids: ascending; the tokenizer's end of sequence (`end_token_id`, if it has one) and what
+    generation_config.json adds (end of turn).
     vocab_size: one more than the highest id it can produce, added tokens included; at most the model's vocabulary.
     special_tokens: by their role or text, what a text cannot spell.
     """
 
     stop_token_ids: tuple[int, ...]
+    end_token_id: int | None
     vocab_size: int
     special_tokens: dict[str, int]
     chat_template: str | None
@@ -46,7 +48,7 @@ class ChatTokenizer(Protocol):
         ...
 
     def conversation_ids(self, messages: Sequence[Message], answer: str) -> tuple[int, ...]:
-        """Token ids of a conversation that has been answered, as a reward model reads it.
+        """Token ids of a conversation that has been answered, for reward models and demonstrations.
 
         With a chat template: its rendering of the messages and the answer as the assistant's. Without one: the text of
         a single user message and the answer directly behind it. Raises DataError as `prompt_ids`.
@@ -55,6 +57,10 @@ class ChatTokenizer(Protocol):
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text as it stands, with the special tokens that the tokenizer adds to one."""
+        ...
+
+    def continuation_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that goes on from another: no special token is added, nor sentencepiece's space."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -41,6 +41,7 @@ class Terms:
     correction_low: float = 0.0
     correction_high: float = 2.0
     off_policy_threshold: float | None = None
+    sampled: bool = True  # False: the tokens are demonstrations, and their sampler_logprobs are no sampler's
 
     @property
     def needs_sequences(self) -> bool:
@@ -65,7 +66,8 @@ def grpo_loss(logprobs: Tensor, entropies: Tensor, tokens: TokenBatch, terms: Te
 
     Metrics are means over tokens, unweighted, detached, float64 totals: clip_fraction; ratio (rho); kl (the estimator,
     where a reference is given); entropy; logprob; sampler_mismatch, mean |ln pi_old - ln q| with q what was really
-    sampled from (0 when the sampler is exact); where the terms are in use, correction_weight (c) and on_policy (m).
+    sampled from (0 when the sampler is exact; left out where nothing was sampled); where the terms are in use,
+    correction_weight (c) and on_policy (m).
     Raises ConfigError for kl_coef without a reference.
     """
     ratio = _ratio(logprobs, tokens, terms)
@@ -76,8 +78,9 @@ def grpo_loss(logprobs: Tensor, entropies: Tensor, tokens: TokenBatch, terms: Te
         "ratio": ratio,
         "entropy": entropies,
         "logprob": logprobs,
-        "sampler_mismatch": (old - tokens.sampler_logprobs).abs(),
     }
+    if terms.sampled:
+        values["sampler_mismatch"] = (old - tokens.sampler_logprobs).abs()
     constants = _constants(logprobs, old, tokens, terms)
     for constant in constants.values():
         surrogate = surrogate * constant

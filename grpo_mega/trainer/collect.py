@@ -1,4 +1,5 @@
-"""The step's groups: sampled, scored, gathered, on disk. Groups that teach nothing can be replaced by new prompts'."""
+"""The step's groups: sampled and scored, or demonstrated; gathered, and on disk. Groups that teach nothing can be
+replaced by new prompts'."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from grpo_mega.data.advantages import with_advantages
 from grpo_mega.parallel import collectives
 from grpo_mega.trainer.records import is_degenerate_group, write_together
 from grpo_mega.trainer.setup import Run
-from grpo_mega.types import Completion, Group, Prompt
+from grpo_mega.types import Completion, Group, Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,15 @@ def _round(run: Run, step: int, count: int) -> list[Group]:
     progress, mesh = run.progress, run.mesh
     prompts = run.inputs.prompts.next(count)
     mine = mesh.share(len(prompts))
-    with progress.phase("sample"):
+    groups: Sequence[Group]
+    if run.recipe.sampling.source == "data":  # known already: it takes no time, and no reward is asked for
         completions = run.sampler.sample(prompts, mine, run.recipe.grpo.group_size, step)
-    with progress.phase("reward"):
-        groups = score(run, [prompts[i] for i in mine], completions)
+        groups = [Group(prompts[i], (Rollout(one, 1.0),)) for i, (one,) in zip(mine, completions, strict=True)]
+    else:
+        with progress.phase("sample"):
+            completions = run.sampler.sample(prompts, mine, run.recipe.grpo.group_size, step)
+        with progress.phase("reward"):
+            groups = score(run, [prompts[i] for i in mine], completions)
     with progress.phase("gather"):  # where a replica that is done early waits for the others
         shares = collectives.gather_objects(list(groups), mesh.data.group)
     return _ordered([group for share in shares for group in share])

@@ -9,6 +9,7 @@ rank that is killed leaves a usable terminal. What is drawn, and how wide, is ri
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -24,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_mega.trainer.ending import end_at_once
-from grpo_mega.trainer.progress import METRICS, StepDone, Work, clock
+from grpo_mega.trainer.progress import GOALS, METRICS, StepDone, Work, clock
 
 REFRESH_SECONDS = 0.1
 HEADER_EVERY = 20  # rows of the table
@@ -42,7 +43,7 @@ class Live:
         self._lock = threading.RLock()
         self._work: Work | None = None
         self._done: StepDone | None = None
-        self._rewards: deque[float] = deque(maxlen=MOST_REWARDS)
+        self._curve: deque[float] = deque(maxlen=MOST_REWARDS)
         self._rows = 0  # of the table since its header
         self._drawn = 0.0
         self._shown = False
@@ -98,8 +99,8 @@ class Live:
     def end_step(self, done: StepDone) -> None:
         with self._lock:
             self._done = done
-            self._rewards.append(done.metrics["reward"])
-            above = [Text(_cells(_HEADER), "bold")] if self._rows % HEADER_EVERY == 0 else []
+            self._curve.append(done.metrics[_goal(done)])
+            above = [Text(_cells(_header(done)), "bold")] if self._rows % HEADER_EVERY == 0 else []
             above.append(Text(_cells(_row(done))))
             if errors := int(done.metrics.get("reward_errors", 0)):
                 above.append(Text(f"{'':>9}  reward errors: {errors}, see `error` in rollouts/", "yellow"))
@@ -152,23 +153,31 @@ class Live:
 
     def _last_step(self, work: Work) -> list[Text]:
         done = self._done
-        spark = "" if self.console.options.ascii_only else sparkline(list(self._rewards))
-        reward = work.note or (f"reward {done.metrics['reward']:.3f}" if done else "")
-        lines = [Text(f"{reward}  {spark}".strip(), "bold")]
+        spark = "" if self.console.options.ascii_only else sparkline(list(self._curve))
+        goal = work.note or (f"{_goal(done)} {done.metrics[_goal(done)]:.3f}" if done else "")
+        lines = [Text(f"{goal}  {spark}".strip(), "bold")]
         if done:
             phases = "  ".join(f"{name} {spent:.1f}" for name, spent in done.seconds.items() if spent >= 0.05)
             lines.append(Text(f"last step {done.timings['step_s']:.1f}s:  {phases}", "dim"))
         return lines
 
 
-_HEADER = ("step", "reward", "kl", "clip", "entropy", "grad", "sample/s", "train/s", "s")
 _WIDTHS = (9, 8, 9, 7, 9, 9, 9, 9, 8)  # 77 columns: a row is one line in 80
 
 
+def _goal(done: StepDone) -> str:
+    return next(name for name in GOALS if name in done.metrics)
+
+
+def _header(done: StepDone) -> Sequence[str]:
+    return ("step", _goal(done), "kl", "clip", "entropy", "grad", "sample/s", "train/s", "s")
+
+
 def _row(done: StepDone) -> Sequence[str]:
-    keys = ("reward", "kl", "clip_fraction", "entropy", "grad_norm")
+    keys = (_goal(done), "kl", "clip_fraction", "entropy", "grad_norm")
     metrics = (f"{done.metrics[key]:{METRICS[key][1]}}" if key in done.metrics else "-" for key in keys)
-    rates = (f"{done.timings[f'{name}_tokens_per_s']:.0f}" for name in ("sampling", "training"))
+    known = (done.timings.get(f"{name}_tokens_per_s") for name in ("sampling", "training"))
+    rates = ("-" if rate is None else f"{rate:.0f}" for rate in known)
     return (f"{done.step}/{done.steps}", *metrics, *rates, f"{done.timings['step_s']:.1f}")
 
 
@@ -177,7 +186,9 @@ def _cells(words: Sequence[str]) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One block a value, the lowest and the highest block being the smallest and the largest value."""
+    """One block a value, the lowest and the highest block being the smallest and the largest value; a value that is no
+    finite number has none."""
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
     low, high = min(values), max(values)

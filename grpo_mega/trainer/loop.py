@@ -76,8 +76,10 @@ def logprobs_of(run: Run, batches: Sequence[Microbatch], *, on_policy: bool) -> 
 
 
 def step_metrics(run: Run, step: int, groups: Collected) -> Metrics:
-    """What was sampled and scored; faults of the reward are said aloud."""
+    """What was sampled and scored; faults of the reward are said aloud. Of demonstrations, how long they are."""
     metrics = group_metrics(groups.sampled)
+    if "reward" not in metrics:
+        return metrics
     if errors := int(metrics["reward_errors"].total):
         run.progress.say(f"step {step + 1}: the reward failed for {errors} completions, {first_fault(groups.sampled)}")
     run.progress.note(f"reward {metrics['reward'].value():.3f}")
@@ -94,7 +96,7 @@ def record_step(run: Run, step: int, groups: Collected, metrics: Metrics, work: 
     measured = {k: Mean(float(m.total), float(m.count)) for k, m in metrics.items() if k not in of_groups}
     total = add_metrics(*collectives.gather_objects(measured if mesh.tensor.first else {}, mesh.world.group), of_groups)
     values = {key: total[key].value() for key in sorted(total)}
-    cost = StepCost(progress.seconds["sample"], progress.cpu_seconds(), peak_memory_bytes(mesh.device), work)
+    cost = StepCost(progress.seconds.get("sample", 0.0), progress.cpu_seconds(), peak_memory_bytes(mesh.device), work)
     costs, tokens = collectives.gather_objects(cost, mesh.world.group), int(of_groups["completion_tokens"].total)
     timings = step_timings(progress.seconds, progress.step_seconds(), costs, tokens)
     values = {"lr": run.policy.learning_rate, **values}

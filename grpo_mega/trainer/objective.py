@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ def objective_of(recipe: Recipe, entropy_coef: float | None = None) -> Objective
     entropy_coef: of this step; default: the recipe's.
     """
     terms = terms_of(recipe.grpo, recipe.grpo.entropy_coef if entropy_coef is None else entropy_coef)
+    terms = replace(terms, sampled=recipe.sampling.source == "policy")
     loss = partial(grpo_loss, terms=terms)
     return WholeSequences(loss) if terms.needs_sequences else loss
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TextIO
 
 ETA_STEPS = 10  # the steps whose mean duration the estimate goes by: the first ones of a run are its slowest
+GOALS = ("reward", "loss")  # what a run's curve is of: the first that its steps have (demonstrations have no reward)
 METRICS = {  # what is shown of a step's metrics: name there -> (name here, format)
     "reward": ("reward", ".3f"),
     "loss": ("loss", "+.4f"),
@@ -265,7 +266,8 @@ def step_line(done: StepDone) -> str:
         shown.insert(1, f"reward errors {errors}")
     phases = ", ".join(f"{name} {spent:.1f}" for name, spent in done.seconds.items())
     shown.append(f"{done.timings['step_s']:.1f}s ({phases})")
-    rates = (f"{name} {done.timings[f'{name}_tokens_per_s']:.0f}" for name in ("sampling", "training"))
+    kinds = [name for name in ("sampling", "training") if f"{name}_tokens_per_s" in done.timings]
+    rates = (f"{name} {done.timings[f'{name}_tokens_per_s']:.0f}" for name in kinds)
     shown.append("tokens/s " + " ".join(rates))
     shown.append(f"eta {clock(done.eta_s)}")
     return f"step {done.step:>{len(str(done.steps))}}/{done.steps} | " + " | ".join(shown)

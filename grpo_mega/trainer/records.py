@@ -45,15 +45,20 @@ def group_metrics(groups: Sequence[Group]) -> Metrics:
 
     reward_errors: completions whose reward function failed. degenerate_groups: groups whose rewards are all equal, so
     that they teach nothing. near_boundary_draws: draws that rounding could have decided otherwise.
+
+    Of demonstrations, which nobody drew or scored, there is completion_tokens alone.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     count = len(rollouts)
     completions = [rollout.completion for rollout in rollouts]
+    tokens = Mean(sum(len(completion.token_ids) for completion in completions), count)
+    if not all(completion.drawn for completion in completions):
+        return {"completion_tokens": tokens}
     return {
         "reward": Mean(sum(rollout.reward for rollout in rollouts), count),
         "reward_errors": Mean(sum(rollout.error is not None for rollout in rollouts), 1),
         "degenerate_groups": Mean(sum(map(is_degenerate_group, groups)), 1),
-        "completion_tokens": Mean(sum(len(completion.token_ids) for completion in completions), count),
+        "completion_tokens": tokens,
         "truncated": Mean(sum(completion.finish_reason == "length" for completion in completions), count),
         "near_boundary_draws": Mean(sum(completion.near_boundary for completion in completions), 1),
         **_part_metrics(rollouts),
@@ -221,19 +226,21 @@ def step_timings(
 ) -> dict[str, float]:
     """A step's line of timings.jsonl from the writing rank's stopwatch and what the step cost on every rank.
 
-    Rates are completion tokens of all ranks a second: of the slowest rank's sampling; of log-probs and update together;
-    of the whole step. cpu_s is the CPU time of all ranks; evaluations and checkpoints are in none of them. What the
-    imbalances compare is in `data/balance`; every rank of a replica has the same work, so they count alike.
+    Rates are completion tokens of all ranks a second: of the slowest rank's sampling (none where nothing is sampled);
+    of log-probs and update together; of the whole step. cpu_s is the CPU time of all ranks; evaluations and checkpoints
+    are in none of them. What the imbalances compare is in `data/balance`; every rank of a replica has the same work, so
+    they count alike.
     """
     training = seconds["log-probs"] + seconds["update"]
     by_rank, by_microbatch = imbalance([cost.work for cost in costs])
+    sampling = max(cost.sample_seconds for cost in costs)
     return {
         "step_s": round(step_seconds, 3),
         **{f"{name}_s": round(spent, 3) for name, spent in seconds.items()},
         "cpu_s": round(sum(cost.cpu_seconds for cost in costs), 3),
         "completion_tokens": tokens,
         "tokens_per_s": round(tokens / step_seconds, 1),
-        "sampling_tokens_per_s": round(tokens / max(cost.sample_seconds for cost in costs), 1),
+        **({"sampling_tokens_per_s": round(tokens / sampling, 1)} if sampling else {}),
         "training_tokens_per_s": round(tokens / training, 1),
         "rank_imbalance": round(by_rank, 4),
         "microbatch_imbalance": round(by_microbatch, 4),

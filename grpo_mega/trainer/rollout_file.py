@@ -22,7 +22,7 @@ _BEFORE = {
     "prompt_token_ids": pa.list_(pa.int32()),
     "text": pa.string(),  # the completion's
     "token_ids": pa.list_(pa.int32()),  # with the stop token, if it was sampled
-    "sampler_logprobs": pa.list_(pa.float64()),  # ln q of each token, nats
+    "sampler_logprobs": pa.list_(pa.float64()),  # ln q of each token, nats; null: not drawn, but demonstrated
     "finish_reason": pa.string(),  # stop, length
     "answer": pa.string(),
     "reward": pa.float64(),
@@ -95,13 +95,13 @@ def _rows(step: int, group: Group) -> list[dict[str, Any]]:
             "prompt_token_ids": group.prompt.token_ids,
             "text": _text(rollout.completion.text),
             "token_ids": rollout.completion.token_ids,
-            "sampler_logprobs": rollout.completion.sampler_logprobs,
+            "sampler_logprobs": rollout.completion.sampler_logprobs if rollout.completion.drawn else None,
             "finish_reason": rollout.completion.finish_reason,
             "answer": _text(group.prompt.answer),
             "reward": rollout.reward,
             "rewards": [{"name": name, "value": value} for name, value in rollout.parts],
             "error": _text(rollout.error),
-            "near_boundary": rollout.completion.near_boundary,
+            "near_boundary": rollout.completion.near_boundary if rollout.completion.drawn else None,
         }
         for number, rollout in enumerate(group.rollouts)
     ]

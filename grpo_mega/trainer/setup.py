@@ -13,6 +13,7 @@ from grpo_mega.data.corpus import load_corpus
 from grpo_mega.data.mixture import PromptStream
 from grpo_mega.data.prompts import DataCounts, Renderer, prompts_of
 from grpo_mega.data.tokenizer import ChatTokenizer, check_vocabulary, load_tokenizer
+from grpo_mega.errors import DataError
 from grpo_mega.model import bridge
 from grpo_mega.model.architecture import Architecture
 from grpo_mega.model.build import DTYPES, build_model
@@ -24,6 +25,7 @@ from grpo_mega.model.specs import ModelParts
 from grpo_mega.parallel.mesh import Mesh, another_layout
 from grpo_mega.parallel.truncation import Truncation
 from grpo_mega.rewards.resolve import Part, check_row, resolve_reward
+from grpo_mega.rollout.demonstrations import Demonstrations
 from grpo_mega.rollout.in_process import InProcessSampler
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.check import check_cheaply, sampling_layout
@@ -55,7 +57,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run, built."""
+    """The parts of a run, built. What the sampler gives is trained on; the examiner's answers held-out problems."""
 
     recipe: Recipe
     inputs: Inputs
@@ -76,13 +78,24 @@ class Run:
 def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     """Read and check all inputs; every rank does it alone and fails alike. Raises GrpoMegaError."""
     arch = check_cheaply(recipe, world_size)
-    reward = resolve_reward(recipe.reward, recipe.sampling.max_completion_tokens)
-    corpus = load_corpus(recipe.data, recipe.run.seed)
-    for row in corpus.rows():
-        check_row(recipe.reward, row["origin"], row["answer"], row["fields"])
+    demonstrated, limit = recipe.sampling.source == "data", recipe.sampling.max_completion_tokens
+    asked = not demonstrated or recipe.data.heldout > 0  # demonstrations have no reward, held-out answers do
+    reward = resolve_reward(recipe.reward, limit) if asked else ()
+    corpus = load_corpus(recipe.data, recipe.run.seed, demonstrated=demonstrated)
+    for row in corpus.heldout if demonstrated else corpus.rows():
+        try:
+            check_row(recipe.reward, row["origin"], row["answer"], row["fields"])
+        except DataError as error:
+            aside = (
+                " (it is held out; data.heldout=0 trains on every row and evaluates on none)" if demonstrated else ""
+            )
+            raise DataError(f"{error}{aside}") from None
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.tokenizer, recipe.data.chat_template)
     check_vocabulary(tokenizer, recipe.model.tokenizer or recipe.model.path, arch.vocab_size)
-    render = Renderer(recipe.data, tokenizer, recipe.sampling.max_completion_tokens, arch.context_length)
+    render = Renderer(recipe.data, tokenizer, limit, arch.context_length)
+    if demonstrated:
+        stops = stop_tokens(recipe, tokenizer)
+        render = Renderer(recipe.data, tokenizer, limit, arch.context_length, stops=stops)
     directory = RunDirectory(recipe)
     directory.check()
     prompts, heldout, counts = prompts_of(
@@ -111,8 +124,14 @@ def heldout_renderer(recipe: Recipe, tokenizer: ChatTokenizer, arch: Architectur
     return Renderer(recipe.data, tokenizer, limit, arch.context_length, key)
 
 
+def stop_tokens(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """The tokens that end a completion."""
+    return (*tokenizer.stop_token_ids, *recipe.sampling.stop_token_ids)
+
+
 def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) -> Run:
-    """Load policy and (with a KL term) reference onto the mesh, and put the sampler on the policy's weights."""
+    """Load policy and (with a KL term) reference onto the mesh, and put the sampler, if one is needed, on the policy's
+    weights."""
     arch, dtype = inputs.arch, DTYPES[recipe.precision.dtype]
     model = build_model(
         arch, mesh, recipe.parallel, dtype=dtype, recompute=recipe.model.recompute, moe=recipe.moe, tick=progress.tick
@@ -130,8 +149,13 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
     reference = build_reference(recipe, mesh, progress.tick) if recipe.grpo.kl_coef > 0 else None
     models = build_reward_models(recipe, inputs.judges, mesh)
     scoring = Scoring(recipe.reward, inputs.reward, models, inputs.tokenizer.decode, mesh, progress.tick)
-    sampler_of = build_samplers(recipe, inputs, mesh, policy, progress)
-    sampler, examiner = sampler_of(recipe.sampling), sampler_of(recipe.evaluation_sampling)
+    sampler: Sampler = Demonstrations()
+    examiner = sampler  # which nobody asks unless problems are held out
+    if recipe.sampling.source == "policy" or inputs.heldout:
+        sampler_of = build_samplers(recipe, inputs, mesh, policy, progress)
+        examiner = sampler_of(recipe.evaluation_sampling)
+        if recipe.sampling.source == "policy":
+            sampler = sampler_of(recipe.sampling)
     return Run(recipe, inputs, mesh, policy, reference, scoring, sampler, examiner, StepObjective(recipe), progress)
 
 

@@ -18,7 +18,7 @@ from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import ConfigError
 from grpo_mega.trainer.lines import bracketed, one_line, read_lines
 from grpo_mega.trainer.live import sparkline
-from grpo_mega.trainer.progress import METRICS
+from grpo_mega.trainer.progress import GOALS, METRICS
 
 CURVE_ROWS = 12  # of the learning curve's table; each is the mean of equally many steps
 SPARK_STEPS = 60
@@ -53,7 +53,9 @@ def print_summary(directory: Path, console: Console) -> None:
     if metrics:
         console.print(_curve(metrics))
         if not console.options.ascii_only:
-            say(f"reward, the last {SPARK_STEPS} steps: {sparkline([row['reward'] for row in metrics[-SPARK_STEPS:]])}")
+            goal = next(name for name in GOALS if name in metrics[0])
+            values = [row[goal] for row in metrics[-SPARK_STEPS:] if row.get(goal) is not None]
+            say(f"{goal}, the last {SPARK_STEPS} steps: {sparkline(values)}")
         if errors := sum(row.get("reward_errors", 0) for row in metrics):
             say(f"completions whose reward failed: {errors:g}")
     else:
@@ -85,11 +87,11 @@ def medians(timings: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def costs(timings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The medians in words; phases that take no time are left out."""
     median = medians(timings)
+    sampling = "" if math.isnan(median["sampling"]) else f" sampling alone {median['sampling']:.0f},"
     phases = ", ".join(f"{phase} {median[phase]:.1f}" for phase in PHASES if median[phase] >= 0.05)
     return [
         f"a step took {median['step']:.1f} s (medians of {len(timings)}): {phases}",
-        f"completion tokens a second: {median['tokens']:.0f}; sampling alone {median['sampling']:.0f}, log-probs and "
-        f"update {median['training']:.0f}",
+        f"completion tokens a second: {median['tokens']:.0f};{sampling} log-probs and update {median['training']:.0f}",
         f"CPU time of a step {median['cpu']:.1f} s; peak memory a rank {median['memory']:.2f} GiB",
     ]
 
@@ -142,7 +144,7 @@ def _parts(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _completions(directory: Path) -> Iterator[str]:
-    """Best and worst completion of the last step that has rollouts."""
+    """Best and worst completion of the last step that has rollouts; of demonstrations the first and the last."""
     files = sorted((directory / "rollouts").glob("step_*.parquet"))
     if not files:
         return
@@ -153,12 +155,16 @@ def _completions(directory: Path) -> Iterator[str]:
         return
     yield f"\nlast rollouts: {files[-1]}, {len(rows)} completions"
     rows.sort(key=lambda row: -row["reward"])  # stable: among equals the first in the step's order
-    for name, row in (("best", rows[0]), ("worst", rows[-1])) if rows else ():
+    drawn = not rows or rows[0]["sampler_logprobs"] is not None  # else they are demonstrations, of no reward
+    for name, row in (
+        zip(("best", "worst") if drawn else ("first", "last"), (rows[0], rows[-1]), strict=True) if rows else ()
+    ):
         parts = ", ".join(_part(part["name"], part["value"]) for part in row["rewards"])
         why = f"; error: {one_line(row['error'])}" if row["error"] else ""
         yield (
-            f"  {name}: reward {row['reward']:g}{f' ({parts})' if parts else ''}, {_advantage(row)}, "
-            f"{len(row['token_ids'])} tokens, {row['finish_reason']}{why}"
+            f"  {name}: "
+            + (f"reward {row['reward']:g}{f' ({parts})' if parts else ''}, {_advantage(row)}, " if drawn else "")
+            + f"{len(row['token_ids'])} tokens, {row['finish_reason']}{why}"
         )
         answer = f"   (answer {one_line(row['answer'])})" if row["answer"] is not None else ""
         yield f"    prompt      {one_line(row['prompt'])}{answer}"

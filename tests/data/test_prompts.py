@@ -12,19 +12,26 @@ from grpo_mega.data.tokenizer import load_tokenizer
 from grpo_mega.errors import ConfigError, DataError
 
 
-def row(text, n=0, messages=None):
+def row(text, n=0, messages=None, shown=None):
     fields = {"prompt": text, "n": n}
-    return Row(prompt=text, messages=messages, answer=text.upper(), origin=f"train.jsonl:{n + 1}", fields=fields)
+    return Row(
+        prompt=text,
+        messages=messages,
+        answer=text.upper(),
+        demonstration=shown,
+        origin=f"train.jsonl:{n + 1}",
+        fields=fields,
+    )
 
 
 @pytest.fixture
 def renderer(save_tokenizer):
     """renderer(template, max_completion_tokens, context_length, **data keys) -> (Renderer, its tokenizer): bytes."""
 
-    def make(template=None, max_completion_tokens=10, context_length=1000, **keys):
+    def make(template=None, max_completion_tokens=10, context_length=1000, stops=None, **keys):
         tokenizer = load_tokenizer(save_tokenizer(template))
         return Renderer(
-            DataConfig(jsonl="train.jsonl", **keys), tokenizer, max_completion_tokens, context_length
+            DataConfig(jsonl="train.jsonl", **keys), tokenizer, max_completion_tokens, context_length, stops=stops
         ), tokenizer
 
     return make
@@ -108,6 +115,23 @@ def test_a_long_prompt_is_skipped_or_keeps_its_last_tokens(renderer):
     assert overlong and prompt.token_ids == whole[-40:] and prompt.text == "x" * 50 + "2+2="
     assert tokenizer.decode(prompt.token_ids).endswith("2+2=\nassistant\n")  # the template's end stays whole
     assert cut(row("2+2="), 0)[1] is False
+
+
+def test_a_demonstration_is_as_long_as_a_completion_at_most_and_never_cut(renderer):
+    refuse, _ = renderer(max_completion_tokens=4, stops=(256,), overlong="truncate_left", max_prompt_tokens=3)
+    prompt, overlong = refuse(row("abcdef", shown="xyz"), 7)
+    assert (prompt.index, prompt.text, len(prompt.token_ids), overlong) == (7, "abcdef", 3, True)
+    assert len(prompt.demonstration.token_ids) == 4 and prompt.demonstration.token_ids[-1] == 256
+    with pytest.raises(
+        DataError,
+        match=r"^train.jsonl:5: the demonstration has 5 tokens, the stop token among them, more than sampling.max_compl"
+        r"etion_tokens=4; remove the row, raise that limit, or set data.overlong to skip",
+    ):
+        refuse(row("a", 4, shown="wxyz"), 0)
+    skip, _ = renderer(max_completion_tokens=4, stops=(256,), overlong="skip")
+    assert skip(row("a", shown="wxyz"), 0) == (None, True) and skip(row("a", shown="xyz"), 0)[0] is not None
+    with pytest.raises(DataError, match=r"^train.jsonl:1: token 2 of the demonstration is '<\|endoftext\|>' \(256\)"):
+        skip(row("a", shown="x<|endoftext|>"), 0)
 
 
 def test_lengths_that_leave_no_room(renderer):

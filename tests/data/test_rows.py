@@ -59,3 +59,50 @@ def test_the_same_problem_under_another_system_message_is_the_same_problem():
 def test_prompts_of_another_kind_are_refused(prompt, message):
     with pytest.raises(DataError, match=message):
         read({"prompt": prompt})
+
+
+def demonstrated(entry, completion=None, demonstrations="required"):
+    fields = Fields("prompt", "answer", "data", completion, demonstrations)
+    return read_row(entry, fields, "full/train.jsonl:3", "train.jsonl:3")
+
+
+def test_a_demonstration_is_a_field_or_the_assistants_last_word():
+    row = demonstrated({"prompt": "2+2", "gold": {"text": " 4"}}, "gold.text")
+    assert (row["prompt"], row["messages"], row["demonstration"]) == ("2+2", None, " 4")
+    assert demonstrated({"prompt": "2+2", "answer": 4}, "answer")["demonstration"] == "4"
+    last = {**ASSISTANT, "name": None}  # as a table has it
+    row = demonstrated({"prompt": [SYSTEM, USER, last]})
+    assert (row["prompt"], row["messages"], row["demonstration"]) == ("2+2", (SYSTEM, USER), "4")
+    assert demonstrated({"prompt": [USER, last]})["messages"] is None
+    turns = [USER, ASSISTANT, {"role": "user", "content": "3+3"}, {"role": "assistant", "content": "6"}]
+    row = demonstrated({"prompt": turns})
+    assert (row["messages"], row["demonstration"]) == (tuple(turns[:3]), "6")
+    assert read({"prompt": "2+2", "completion": "4"})["demonstration"] is None
+
+
+def test_held_out_rows_are_without_it_and_the_same_problem():
+    entry = {"prompt": [USER, ASSISTANT]}
+    held = demonstrated(entry, demonstrations="dropped")
+    assert (held["messages"], held["demonstration"]) == (None, None)
+    assert problem(held) == problem(demonstrated(entry)) == problem(read({"prompt": "2+2"}))
+
+
+@pytest.mark.parametrize(
+    ("entry", "completion", "message"),
+    [
+        ({"prompt": "2+2", "gold": "4"}, "completion", r"full/train.jsonl:3: there is no field 'completion' \(found: "
+         r"'prompt', 'gold'\), and sampling.source=data trains on what it holds; set data.completion_field to one"),
+        ({"prompt": "2+2", "gold": None}, "gold", r"full/train.jsonl:3: 'gold' is None, not a text; write what the po"),
+        ({"prompt": "2+2", "gold": " "}, "gold", r"'gold' is ' ', not a text; write what the policy should write, or "),
+        ({"prompt": "2+2"}, None, r"full/train.jsonl:3: 'prompt' does not end with a message of the assistant's, and .*"
+         r"; end it so, or name the field of the demonstration in data.completion_field"),
+        ({"prompt": [USER]}, None, r"'prompt' does not end with a message of the assistant's"),
+        ({"prompt": [USER, {"role": "assistant", "content": ""}]}, None, r"'prompt\[-1\].content' is '', not a text; "),
+        ({"prompt": [USER, {**ASSISTANT, "thinking": "."}]}, None, r"the last message of 'prompt' has 'thinking' besi"),
+        ({"prompt": [ASSISTANT]}, None, r"'prompt' holds 0 messages, the last from None, which leaves the policy noth"),
+        ({"prompt": [USER, ASSISTANT], "gold": "4"}, "gold", r"the last from 'assistant', which leaves the policy not"),
+    ],
+)  # fmt: skip
+def test_rows_without_a_demonstration_are_refused(entry, completion, message):
+    with pytest.raises(DataError, match=message):
+        demonstrated(entry, completion)

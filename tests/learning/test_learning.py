@@ -1,4 +1,7 @@
-"""A tiny model learns by the real path, sharded either way; and not once the sign, the shift or the mask is broken."""
+"""A tiny model learns by the real path, sharded either way; and not once the sign, the shift or the mask is broken.
+
+By demonstrations, and by its own best completions, it learns the same task.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def prompt_mask(batch):
 
 
 def learn(tree, break_it=None):
-    """Train as the recipe says on every rank; metrics.jsonl."""
+    """Train as the recipe says on every rank; metrics.jsonl, and the rewards on what is held out, before and after."""
     recipe = validate_recipe(tree)
     inputs = read_inputs(recipe, mesh.world_size_from_environment())
     grid = mesh.initialize(recipe.parallel.tensor, recipe.parallel.pipeline)
@@ -61,9 +64,12 @@ def learn(tree, break_it=None):
         return parts if break_it is None else [[break_it(batch) for batch in part] for part in parts]
 
     with mock.patch.object(loop, "minibatches", minibatches), mock.patch.object(loop, "save"):
+        before = loop.evaluate(run, 0)[0] if inputs.heldout else None
         loop.train(run)
+        after = loop.evaluate(run, STEPS)[0] if inputs.heldout else None
     if grid.is_writer:
-        return [json.loads(line) for line in (inputs.directory.path / "metrics.jsonl").read_text().splitlines()]
+        lines = (inputs.directory.path / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], before, after
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ def recipe(inputs, tmp_path):
 
 
 def test_reward_rises_alike_at_tensor_2_and_pipeline_2(ranks, recipe):
-    runs = {axis: ranks(2, learn, recipe(**{axis: 2}), timeout=120)[0] for axis in ("tensor", "pipeline")}
+    runs = {axis: ranks(2, learn, recipe(**{axis: 2}), timeout=120)[0][0] for axis in ("tensor", "pipeline")}
     for axis, metrics in runs.items():
         first, last = ends(metrics)
         assert first < START and last > BAR, f"{axis}: {first:.3f} -> {last:.3f}"
@@ -100,5 +106,43 @@ def test_reward_rises_alike_at_tensor_2_and_pipeline_2(ranks, recipe):
 
 @pytest.mark.parametrize("break_it", [flip_sign, unshift, late_mask, prompt_mask])
 def test_no_learning_once_broken(ranks, recipe, break_it):
-    first, last = ends(ranks(2, learn, recipe(pipeline=2), break_it, timeout=120)[0])
+    first, last = ends(ranks(2, learn, recipe(pipeline=2), break_it, timeout=120)[0][0])
     assert first < START and last < START, f"{first:.3f} -> {last:.3f}"
+
+
+@pytest.mark.parametrize("break_it", [None, flip_sign])
+def test_its_own_best_completions_teach_the_policy(ranks, recipe, break_it):
+    """Rejection-sampling fine-tuning: of sixteen completions the best is imitated."""
+    tree = recipe(pipeline=2) | {"preset": "rft", "grpo": {"group_size": 16}}
+    first, last = ends(ranks(2, learn, tree, break_it, timeout=120)[0][0])
+    assert first < START and (last < START if break_it else last > BAR), f"{first:.3f} -> {last:.3f}"
+
+
+TURNS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("break_it", [None, flip_sign])
+def test_demonstrations_teach_the_policy_what_it_samples_for_other_prompts(ranks, recipe, tmp_path, break_it):
+    """A cold start by fine-tuning on rows of {prompt, completion}, a character of each kind in the order asked for."""
+    template, data = tmp_path / "turns.jinja", tmp_path / "shown.jsonl"
+    template.write_text(TURNS)
+    rows = [
+        {"prompt": letter + "x" * n, "completion": shown, "answer": answer}
+        for n in range(10)
+        for letter, answer, shown in (("a", "ascii first", f"{n}é"), ("b", "ascii last", f"é{n}"))
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = recipe(pipeline=2) | {
+        "preset": "sft",
+        "data": {
+            "jsonl": str(data), "heldout": 8, "completion_field": "completion", "chat_template": str(template)
+        },
+        "sampling": {"max_completion_tokens": 4},
+        "grpo": {},
+    }  # fmt: skip
+    metrics, first, last = ranks(2, learn, tree, break_it, timeout=120)[0]
+    assert first < START and (last < START if break_it else last > BAR), f"{first:.3f} -> {last:.3f}"
+    assert "reward" not in metrics[0] and (break_it or metrics[-1]["loss"] < metrics[0]["loss"] / 2)

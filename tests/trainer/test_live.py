@@ -62,6 +62,20 @@ def test_steps_become_rows_and_nothing_else_is_left(screen):
     assert all(len(line) <= 80 for line in screen.lines)
 
 
+def test_without_a_reward_the_loss_takes_its_place(screen):
+    progress = progress_on(screen)
+    for step, loss in ((1, 2.5), (2, float("nan"))):
+        progress.begin_step(step, 3)
+        progress.end_step({"loss": loss, "grad_norm": 2.2}, {"step_s": 8.2, "training_tokens_per_s": 130.0})
+    progress.begin_step(3, 3)
+    assert screen.lines[:3] == [
+        "     step    loss       kl   clip  entropy     grad sample/s  train/s       s",
+        "      1/3 +2.5000        -      -        -    2.200        -      130     8.2",
+        "      2/3    +nan        -      -        -    2.200        -      130     8.2",
+    ]
+    assert any(line.startswith("loss nan") and "▁" in line for line in screen.lines)  # a block for the one number
+
+
 def test_what_is_shown_of_the_step_under_way(screen):
     seen = []
     train(progress_on(screen), lambda step: seen.append(screen.lines))

@@ -56,6 +56,10 @@ def test_what_a_step_lacks_and_what_went_wrong(clock_):
     stream = io.StringIO()
     progress = Progress(Lines(stream))
     progress.begin_step(1, 1)
+    progress.end_step({"loss": 2.5}, {"step_s": 3.5, "training_tokens_per_s": 130.0})  # on demonstrations
+    assert stream.getvalue() == "step 1/1 | loss +2.5000 | 3.5s () | tokens/s training 130 | eta 0:00\n"
+    stream.truncate(stream.seek(0))
+    progress.begin_step(1, 1)
     progress.end_step({"reward": 0.5, "reward_errors": 3.0}, TIMINGS)
     assert stream.getvalue().startswith("step 1/1 | reward 0.500 | reward errors 3 | 3.5s ")
 

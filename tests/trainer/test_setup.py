@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pyarrow as pa
 import pytest
 import tiny
@@ -80,3 +81,44 @@ def test_a_tokenizer_of_more_tokens_than_the_model(read, model, tmp_path):
         DataError, match=r"large has 260 tokens and .* embedding 259 rows: 'w259' \(259\) have none; use"
     ):
         read(model={"path": str(model), "tokenizer": str(tmp_path / "large")})
+
+
+def test_demonstrations_of_every_kind_of_source(model, tmp_path):
+    """A field of a JSONL file, the last word of a Parquet file's conversations, a number in a folder that datasets
+    saved; and held-out rows without any."""
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1+1", "shown": {"text": "two"}}\n')
+    chat = [{"role": "user", "content": "2*1"}, {"role": "assistant", "content": "2."}]
+    parquet.write_table(pa.table({"prompt": [chat, chat]}), tmp_path / "chats.parquet")
+    datasets.Dataset.from_list([{"prompt": "9-2", "gold": 7}]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "0+2", "answer": 2}\n')
+    (tmp_path / "turns.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+    )
+    sources = [
+        {"jsonl": str(tmp_path / "sums.jsonl"), "completion_field": "shown.text"},
+        {"parquet": str(tmp_path / "chats.parquet")},
+        {"dataset": str(tmp_path / "saved"), "completion_field": "gold"},
+    ]
+    tree = {
+        "preset": "sft", "model": {"path": str(model)}, "run": {"directory": str(tmp_path / "run")},
+        "sampling": {"max_completion_tokens": 28},
+    }  # fmt: skip
+    data = {"sources": sources, "chat_template": str(tmp_path / "turns.jinja"), "heldout": 0}
+    inputs = read_inputs(validate_recipe(tree | {"data": data}), 1)
+    assert {(prompt.text, prompt.demonstration.text) for prompt in inputs.prompts.next(12)} == {
+        ("1+1", "two"), ("2*1", "2."), ("9-2", "7"),
+    }  # fmt: skip
+    assert inputs.reward == () and inputs.heldout == []
+    held = data | {"heldout": 1, "heldout_source": {"jsonl": str(tmp_path / "test.jsonl")}}
+    inputs = read_inputs(validate_recipe(tree | {"data": held}), 1)
+    assert [(prompt.text, prompt.demonstration) for prompt in inputs.heldout] == [("0+2", None)] and inputs.reward
+    held = data | {"heldout": 1, "sources": sources[1:2] + sources[1:2]}
+    (tmp_path / "chats.parquet").unlink()
+    parquet.write_table(
+        pa.table({"prompt": [chat, [{**chat[0], "content": "1*2"}, chat[1]]]}), tmp_path / "chats.parquet"
+    )
+    with pytest.raises(
+        DataError, match=r"has no answer, which reward.function=exact compares with; .*it is held out; d"
+    ):
+        read_inputs(validate_recipe(tree | {"data": held}), 1)

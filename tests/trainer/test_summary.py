@@ -97,6 +97,27 @@ def test_of_many_evaluations_the_first_and_the_last(run):
     assert line.removeprefix("  reward  ").split(", ") == [f"0.{step}00 after {step}" for step in (0, 5, 6, 7, 8, 9)]
 
 
+def test_a_run_on_demonstrations_by_hand(run):
+    """Its curve is the loss; nothing was sampled, and nothing scored."""
+    times = {key: value for key, value in timings(2.0).items() if key not in ("sampling_tokens_per_s", "sample_s")}
+    for step, loss in ((1, 3.0), (2, 1.0)):
+        run.write_step(step, {"loss": loss, "completion_tokens": 2.0}, times)
+    shown = (Completion((1, 2), (0.0, 0.0), "stop", text, drawn=False) for text in ("one", "two"))
+    groups = [Group(Prompt(n, f"question {n}", (1,)), (Rollout(one, 1.0),)) for n, one in enumerate(shown)]
+    run.write_rollouts(2, with_advantages(groups, GrpoConfig(group_size=1, advantage="best_of_n")))
+    lines = summary(run.path)
+    at = next(n for n, line in enumerate(lines) if line.startswith("steps"))
+    assert [line.split() for line in lines[at : at + 3]] == [
+        ["steps", "loss", "tokens"], ["1", "+3.0000", "2.0"], ["2", "+1.0000", "2.0"],
+    ]  # fmt: skip
+    assert lines[at + 3] == "loss, the last 60 steps: █▁"
+    assert "completion tokens a second: 20; log-probs and update 25" in lines
+    assert [line for line in lines if line.startswith("  ") and "tokens, stop" in line] == [
+        "  first: 2 tokens, stop",
+        "  last: 2 tokens, stop",
+    ]
+
+
 def test_no_step_yet(run):
     lines = summary(run.path)
     assert lines[0] == f"{run.path}: 0 of 30 steps" and lines[-1] == "no step is recorded yet"

@@ -51,6 +51,13 @@ def expand(tree: Mapping[str, Any], origin: str) -> Tree:
     return result
 
 
+def with_preset(tree: Mapping[str, Any], name: str) -> Tree:
+    """The tree with `name` before the presets that it names (what is no list of names is left for `expand`)."""
+    asked = tree.get("preset")
+    more = [] if asked is None else [asked] if isinstance(asked, str) else asked
+    return {**tree, "preset": [name, *more] if isinstance(more, list) else asked}
+
+
 def _read(name: str, origin: str) -> Tree:
     if name not in names():
         raise ConfigError(f"{origin}: preset={name!r} is unknown{nearest(name, names())}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grpo_mega.config import DataConfig, PlaceConfig
 from grpo_mega.data.rows import Fields, Row
@@ -40,23 +40,38 @@ class Source:
         if place.dataset is not None:
             return read_folder(place.dataset, place.split, fields)
         assert place.reasoning_gym is not None  # PlaceConfig asks for exactly one
-        return read_task(place.reasoning_gym, place.task, seed, fields.key)
+        return read_task(place.reasoning_gym, place.task, seed, fields)
 
 
-def sources_of(config: DataConfig) -> tuple[tuple[Source, ...], Source | None]:
-    """The training sources in the recipe's order (none where it only evaluates), and the held-out source if any."""
+def sources_of(config: DataConfig, *, demonstrated: bool = False) -> tuple[tuple[Source, ...], Source | None]:
+    """The training sources in the recipe's order (none where it only evaluates), and the held-out source if any.
+
+    demonstrated: rows to train on have demonstrations (sampling.source=data); those of a held-out source may.
+    """
 
     def fields(key: str, prompt: str | None, answer: str | None) -> Fields:
         return Fields(prompt or config.prompt_field, answer or config.answer_field, key)
 
+    def trained(of: Fields, completion: str | None) -> Fields:
+        return replace(of, completion=completion, demonstrations="required") if demonstrated else of
+
     heldout = config.heldout_source
     training = [
-        Source(entry, fields(f"data.sources.{i}", entry.prompt_field, entry.answer_field), entry.weight)
+        Source(
+            entry,
+            trained(
+                fields(f"data.sources.{i}", entry.prompt_field, entry.answer_field),
+                entry.completion_field or config.completion_field,
+            ),
+            entry.weight,
+        )
         for i, entry in enumerate(config.sources)
     ]
     if not training and config.trains:
-        training.append(Source(config, fields("data", None, None)))
+        training.append(Source(config, trained(fields("data", None, None), config.completion_field)))
     if heldout is None:
         return tuple(training), None
     of_heldout = fields("data.heldout_source", heldout.prompt_field, heldout.answer_field)
-    return tuple(training), Source(heldout, of_heldout)
+    return tuple(training), Source(
+        heldout, replace(of_heldout, demonstrations="dropped") if demonstrated else of_heldout
+    )

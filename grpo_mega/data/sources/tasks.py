@@ -7,17 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_mega.config.base import nearest
-from grpo_mega.data.rows import Row, checked_text
+from grpo_mega.data.rows import Fields, Row, checked_text, demonstration_of
 from grpo_mega.errors import DataError
 
 DEFAULT_TASK_SIZE = 2000
 
 
-def read_task(name: str, task: Mapping[str, Any], seed: int, key: str) -> list[Row]:
+def read_task(name: str, task: Mapping[str, Any], seed: int, fields: Fields) -> list[Row]:
     """The problems of a task with parameters `task`, DEFAULT_TASK_SIZE of them unless it gives a size.
 
-    Messages name recipe keys below `key`. Raises DataError.
+    Of `fields` the demonstration's and the key count: a task has names of its own for question and answer. Where a
+    demonstration is needed, its field must be named (`answer`, say). Raises DataError.
     """
+    key = fields.key
+    if fields.demonstrations == "required" and fields.completion is None:
+        raise DataError(
+            f"{key}.reasoning_gym={name} makes problems without demonstrations, which sampling.source=data trains on; "
+            f"set {key}.completion_field (answer has a problem's answer), or use data that has them"
+        )
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -49,5 +56,6 @@ def read_task(name: str, task: Mapping[str, Any], seed: int, key: str) -> list[R
         # answers are of types of the task's own; its scorer reads the entry itself
         answer = None if entry["answer"] is None else str(entry["answer"])
         prompt = checked_text(entry["question"], "question", origin, "leave the task out")
-        rows.append(Row(prompt=prompt, messages=None, answer=answer, origin=origin, fields=entry))
+        shown = demonstration_of(entry, None, fields, origin)
+        rows.append(Row(prompt=prompt, messages=None, answer=answer, demonstration=shown, origin=origin, fields=entry))
     return rows
