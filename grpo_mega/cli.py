@@ -75,6 +75,36 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     """The parser, and its commands' by name."""
     parser = argparse.ArgumentParser(prog="grpo-mega", description="GRPO on megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
+    training = _add_training(commands)
+    report = commands.add_parser(
+        "report",
+        help="summarise a run directory",
+        description="Print a run's settings, learning curve, cost and last completions, also while it goes on.",
+    )
+    report.add_argument("directory", help="run.directory of the run's recipe")
+    check = commands.add_parser(
+        "selftest",
+        help="check on this machine that no parallel layout changes a result",
+        description="Train a small model under many parallel layouts and compare each with one process: log-probs, "
+        "loss, gradients, parameters after some steps, sampled tokens. Starts its own ranks, or uses a launcher's.",
+    )
+    check.add_argument("--layouts", nargs="+", metavar="NAME", help='such as "tp2-pp2-vpp2" or "moe-dp2-ep2"')
+    check.add_argument("--world-size", type=int, metavar="N", help="only layouts of N ranks (default: 1, 2 and 4)")
+    check.add_argument("--all", action="store_true", help="the whole table, of up to 8 ranks")
+    check.add_argument("--dtype", choices=("fp32", "fp64", "bf16"), default="fp32")
+    check.add_argument("--json", action="store_true", help="rows as JSON on stdout")
+    convert = commands.add_parser(
+        "convert",
+        help="convert a model between Hugging Face's and Megatron's formats, and prove it",
+        description="Convert a Hugging Face folder, a GGUF file or a Megatron checkpoint. Every tensor is read back, "
+        "and logits of both sides are compared; what differs is not published (exit code 1).",
+    )
+    _add_convert(convert)
+    return parser, training | {"report": report, "selftest": check, "convert": convert}
+
+
+def _add_training(commands: argparse._SubParsersAction) -> dict[str, argparse.ArgumentParser]:
+    """The commands that take a recipe and start ranks."""
     train = commands.add_parser(
         "train",
         help="train a policy by GRPO",
@@ -109,32 +139,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     evaluation.add_argument(
         "--output", metavar="DIR", help="where results go (default: run.directory/evaluations/NAME, the model folder's)"
     )
-    report = commands.add_parser(
-        "report",
-        help="summarise a run directory",
-        description="Print a run's settings, learning curve, cost and last completions, also while it goes on.",
-    )
-    report.add_argument("directory", help="run.directory of the run's recipe")
-    check = commands.add_parser(
-        "selftest",
-        help="check on this machine that no parallel layout changes a result",
-        description="Train a small model under many parallel layouts and compare each with one process: log-probs, "
-        "loss, gradients, parameters after some steps, sampled tokens. Starts its own ranks, or uses a launcher's.",
-    )
-    check.add_argument("--layouts", nargs="+", metavar="NAME", help='such as "tp2-pp2-vpp2" or "moe-dp2-ep2"')
-    check.add_argument("--world-size", type=int, metavar="N", help="only layouts of N ranks (default: 1, 2 and 4)")
-    check.add_argument("--all", action="store_true", help="the whole table, of up to 8 ranks")
-    check.add_argument("--dtype", choices=("fp32", "fp64", "bf16"), default="fp32")
-    check.add_argument("--json", action="store_true", help="rows as JSON on stdout")
-    convert = commands.add_parser(
-        "convert",
-        help="convert a model between Hugging Face's and Megatron's formats, and prove it",
-        description="Convert a Hugging Face folder, a GGUF file or a Megatron checkpoint. Every tensor is read back, "
-        "and logits of both sides are compared; what differs is not published (exit code 1).",
-    )
-    _add_convert(convert)
-    named = {"train": train, "sft": sft, "reward": reward, "eval": evaluation, "report": report, "selftest": check}
-    return parser, named | {"convert": convert}
+    return {"train": train, "sft": sft, "reward": reward, "eval": evaluation}
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -55,7 +55,7 @@ def fine_tuned(tree):
     recipe = validate_recipe(tree)
     inputs = read_inputs(recipe, mesh.world_size_from_environment())
     grid = mesh.initialize(**recipe.parallel.sizes)
-    with mock.patch.object(setup, "build_sampler", side_effect=AssertionError("a sampler")):
+    with mock.patch.object(setup, "build_samplers", side_effect=AssertionError("a sampler")):
         run = build_run(recipe, inputs, grid, Progress(None))
     assert inputs.reward == ()
     if grid.is_writer:
