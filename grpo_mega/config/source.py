@@ -26,6 +26,12 @@ def check_source(recipe: Recipe) -> None:
                 f"{key}={_shown(value)} contradicts sampling.source=data: {why}; set {key}={_shown(wanted)}, as the "
                 "preset sft has it"
             )
+    for name, model in recipe.reward_models.items():
+        if model.train is not None:
+            raise ValueError(
+                f"reward_models.{name}.train learns from the policy's completions, and sampling.source=data trains on "
+                "demonstrations; leave it out"
+            )
     if recipe.data.heldout == 0:
         for key, value in _of_sampling(recipe):
             raise ValueError(
@@ -65,6 +71,8 @@ def _of_sampling(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         for key, value in part:
             if key not in without and value != getattr(plain, key):
                 yield f"{section}.{key}", value
+    if recipe.reward_models:
+        yield "reward_models", ", ".join(recipe.reward_models)
     if recipe.precision.sampling is not None:
         yield "precision.sampling", recipe.precision.sampling
     if recipe.run.evaluate_every:

@@ -65,12 +65,13 @@ def load_corpus(config: DataConfig, seed: int, *, demonstrated: bool = False) ->
     return Corpus(tuple(training), tuple(heldout), name)
 
 
-def load_heldout(config: DataConfig, seed: int) -> tuple[tuple[Row, ...], str]:
+def load_heldout(config: DataConfig, seed: int, *, demonstrated: bool = False) -> tuple[tuple[Row, ...], str]:
     """The held-out rows that `load_corpus` would have, and a name for them; of a held-out source nothing else is read.
+    demonstrated: as there.
 
     Raises DataError, also where nothing is held out.
     """
-    sources, heldout_source = sources_of(config)
+    sources, heldout_source = sources_of(config, demonstrated=demonstrated)
     if not config.heldout:
         raise DataError("data.heldout=0 leaves no problem to evaluate on; set data.heldout")
     if heldout_source is not None:

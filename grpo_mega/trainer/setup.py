@@ -94,7 +94,7 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     check_vocabulary(tokenizer, recipe.model.tokenizer or recipe.model.path, arch.vocab_size)
     render = Renderer(recipe.data, tokenizer, limit, arch.context_length)
     if demonstrated:
-        stops = stop_tokens(recipe, tokenizer)
+        stops = stop_tokens(tokenizer, recipe.sampling)
         render = Renderer(recipe.data, tokenizer, limit, arch.context_length, stops=stops)
     directory = RunDirectory(recipe)
     directory.check()
@@ -124,9 +124,9 @@ def heldout_renderer(recipe: Recipe, tokenizer: ChatTokenizer, arch: Architectur
     return Renderer(recipe.data, tokenizer, limit, arch.context_length, key)
 
 
-def stop_tokens(recipe: Recipe, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+def stop_tokens(tokenizer: ChatTokenizer, rule: SamplingConfig) -> tuple[int, ...]:
     """The tokens that end a completion."""
-    return (*tokenizer.stop_token_ids, *recipe.sampling.stop_token_ids)
+    return (*tokenizer.stop_token_ids, *rule.stop_token_ids)
 
 
 def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) -> Run:
@@ -207,7 +207,7 @@ def sampler_on(
         mesh,
         seed=seed,
         max_completion_tokens=rule.max_completion_tokens,
-        stop_token_ids=(*tokenizer.stop_token_ids, *rule.stop_token_ids),
+        stop_token_ids=stop_tokens(tokenizer, rule),
         max_rows=rule.max_rows,
         decode=tokenizer.decode,
         routes=routes,

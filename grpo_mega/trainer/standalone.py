@@ -76,7 +76,7 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     """Every rank does it alone and fails alike; training data are not read where there is a held-out source."""
     arch = check_evaluation(recipe, world_size)
     reward = resolve_reward(recipe.reward, recipe.sampling.max_completion_tokens)
-    rows, name = load_heldout(recipe.data, recipe.run.seed)
+    rows, name = load_heldout(recipe.data, recipe.run.seed, demonstrated=recipe.sampling.source == "data")
     for row in rows:
         check_row(recipe.reward, row["origin"], row["answer"], row["fields"])
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.tokenizer, recipe.data.chat_template)

@@ -64,9 +64,9 @@ def learn(tree, break_it=None):
         return parts if break_it is None else [[break_it(batch) for batch in part] for part in parts]
 
     with mock.patch.object(loop, "minibatches", minibatches), mock.patch.object(loop, "save"):
-        before = loop.evaluate(run, 0)[0] if inputs.heldout else None
+        before = loop.evaluate(run, 0).estimates["reward"].mean if inputs.heldout else None
         loop.train(run)
-        after = loop.evaluate(run, STEPS)[0] if inputs.heldout else None
+        after = loop.evaluate(run, STEPS).estimates["reward"].mean if inputs.heldout else None
     if grid.is_writer:
         lines = (inputs.directory.path / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], before, after
