@@ -1,5 +1,5 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `reward` alike, `report`, `selftest`,
-`convert`.
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `reward` and `eval` alike, `report`,
+`selftest`, `convert`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
 A user's mistake is one sentence on stderr and an exit code that is not 0; a defect of ours keeps its traceback.
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
     parser, commands = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if options.command not in ("train", "reward") and overrides:
+    if options.command not in ("train", "reward", "eval") and overrides:
         commands[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         if options.command == "selftest":
@@ -57,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
             return _report(options.directory)
         if options.command == "reward":
             return _train_reward(options.recipe, overrides, options.ranks, arguments)
+        if options.command == "eval":
+            return _evaluate(options, overrides, arguments)
         return _train(options.recipe, overrides, options.ranks, arguments)
     except GrpoMegaError as error:
         rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
@@ -85,9 +87,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "key can be given as --section.key value.",
         allow_abbrev=False,
     )
-    for command in (train, reward):
+    evaluation = commands.add_parser(
+        "eval",
+        help="evaluate a model on held-out problems",
+        description="pass@k, maj@k, reward and length of model.path on the recipe's held-out problems, each with its "
+        "95 % interval. Any recipe key can be given as --section.key value.",
+        allow_abbrev=False,
+    )
+    for command in (train, reward, evaluation):
         command.add_argument("recipe", help="a YAML file")
         command.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
+    evaluation.add_argument(
+        "--output", metavar="DIR", help="where results go (default: run.directory/evaluations/NAME, the model folder's)"
+    )
     report = commands.add_parser(
         "report",
         help="summarise a run directory",
@@ -112,7 +124,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "and logits of both sides are compared; what differs is not published (exit code 1).",
     )
     _add_convert(convert)
-    return parser, {"train": train, "reward": reward, "report": report, "selftest": check, "convert": convert}
+    named = {"train": train, "reward": reward, "eval": evaluation, "report": report}
+    return parser, {**named, "selftest": check, "convert": convert}
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -147,12 +160,13 @@ def _report(directory: str) -> int:
     return 0
 
 
-def ranks_to_fill(recipe: Recipe) -> int:
+def ranks_to_fill(recipe: Recipe, *, trains: bool = True) -> int:
     """Whole model replicas, as many as this machine has GPUs, or cores and memory, for; between one and one a prompt.
     Where sampling, the reference or a reward model has a layout of its own, they divide into its replicas too.
 
     A replica on a CPU is taken to need 20 bytes a parameter (weights, gradients, Adam, reference), 4 a parameter of a
-    reward model (20 of one that is trained), and 3 GiB to work in.
+    reward model (20 of one that is trained), and 3 GiB to work in; one that only samples (not `trains`: the layout is
+    sampling's) 4 bytes a parameter and as much.
     """
     from grpo_mega.model.families import read_architecture, read_scored
     from grpo_mega.parallel.device import free_memory_bytes, local_devices
@@ -160,15 +174,19 @@ def ranks_to_fill(recipe: Recipe) -> int:
 
     arch = read_architecture(recipe.model.path)
     parameters = arch.num_layers * arch.layer_parameters + 2 * arch.head_parameters
-    replica, need = recipe.parallel.replica, 20 * parameters + (3 << 30)
-    whole = lcm(replica, sampling_layout(recipe).replica, (recipe.reference.layout or recipe.parallel).replica)
+    sampling = sampling_layout(recipe)
+    beside = recipe.parallel if trains else sampling
+    replica = beside.replica
+    whole = lcm(replica, sampling.replica, (recipe.reference.layout or recipe.parallel).replica if trains else 1)
+    prompts, bytes_each = (recipe.batch.prompts_per_step, 20) if trains else (recipe.data.heldout, 4)
+    need = bytes_each * parameters + (3 << 30)
     for config in recipe.reward_models.values():
         model = read_scored(config.path)
-        whole = lcm(whole, judging_layout(config, recipe.parallel, model).replica)
+        whole = lcm(whole, judging_layout(config, beside, model).replica)
         weights = model.num_layers * model.layer_parameters + model.hidden_size * model.vocab_size
-        need += (4 if config.train is None else 20) * weights
+        need += (20 if trains and config.train is not None else 4) * weights
     fit = free_memory_bytes() // need
-    return max(1, min(local_devices(), replica * recipe.batch.prompts_per_step, replica * fit) // whole) * whole
+    return max(1, min(local_devices(), replica * prompts, replica * fit) // whole) * whole
 
 
 def reward_ranks_to_fill(recipe: RewardRecipe) -> int:
@@ -223,20 +241,52 @@ def _on_ranks(
 ) -> int:
     """Do a rank's work under a launcher; without one, check what can be checked and be the launcher."""
     if "RANK" in os.environ:
-        from grpo_mega.parallel.device import quiet_megatron
-
-        quiet_megatron()
-        try:
-            work()
-        except RuntimeError:
-            # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
-            # and is to be quicker than a traceback that explains nothing
-            time.sleep(LAUNCHER_SECONDS if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
-            raise
-        return 0
-    from grpo_mega.parallel.launch import start_ranks
-
+        _quiet()
+        return _as_rank(work)
     count = ranks()
     check(count)
-    print(f"grpo_mega: starting {count} ranks; torch and megatron-core take some seconds to load", flush=True)
-    return start_ranks(count, ["-m", "grpo_mega", *arguments])
+    return _start(count, arguments)
+
+
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+    recipe = load_recipe(options.recipe, overrides)
+
+    def work() -> None:
+        from grpo_mega.trainer.standalone import evaluate_model
+
+        evaluate_model(recipe, options.output)
+
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_evaluation, check_output
+
+        check_output(recipe, options.output)
+        check_evaluation(recipe, count)
+
+    def ranks() -> int:
+        return ranks_to_fill(recipe, trains=False) if options.ranks is None else options.ranks
+
+    return _on_ranks(work, check, ranks, arguments)
+
+
+def _quiet() -> None:
+    from grpo_mega.parallel.device import quiet_megatron
+
+    quiet_megatron()
+
+
+def _as_rank(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except RuntimeError:
+        # when another rank ends with its sentence, this one sees a broken connection: the launcher ends it too,
+        # and is to be quicker than a traceback that explains nothing
+        time.sleep(LAUNCHER_SECONDS if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
+        raise
+    return 0
+
+
+def _start(ranks: int, arguments: Sequence[str]) -> int:
+    from grpo_mega.parallel.launch import start_ranks
+
+    print(f"grpo_mega: starting {ranks} ranks; torch and megatron-core take some seconds to load", flush=True)
+    return start_ranks(ranks, ["-m", "grpo_mega", *arguments])

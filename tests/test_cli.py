@@ -99,8 +99,11 @@ def test_a_whole_run(recipe, tmp_path):
     lines = done.stdout.splitlines()
     assert [line[:11] for line in lines if line.startswith("step ")] == ["step 1/2 | ", "step 2/2 | "]
     assert sum(line.startswith("  after ") for line in lines) == 2  # of two held-out problems
-    before, after = (f"{line['reward']:.3f}" for line in evaluations)
-    assert any(before in line and after in line for line in lines if line.startswith("held-out accuracy: "))
+    assert evaluations[0]["pass@1_low"] <= evaluations[0]["pass@1"] <= evaluations[0]["pass@1_high"]
+    for name in ("reward", "pass@1"):
+        before, after = (f"{line[name]:.3f} (" for line in evaluations)
+        (said,) = (line for line in lines if line.startswith(f"held-out {name}: "))
+        assert said.index(before) < said.index(") after 0 steps, ") < said.rindex(after) < said.index(") after 2")
     (following,) = (line for line in lines if line.startswith("next: "))
     assert f"{run}/recipe.yaml --run.num_steps 4" in following
     assert any(str(run / "hf") in line for line in lines[-5:])

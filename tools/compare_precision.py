@@ -41,7 +41,7 @@ def compare(path: str, overrides: list[str]) -> None:
     from grpo_mega.trainer.heads import TokenHead
     from grpo_mega.trainer.policy import Scorer
     from grpo_mega.trainer.progress import progress_on
-    from grpo_mega.trainer.setup import build_sampler, read_inputs
+    from grpo_mega.trainer.setup import build_samplers, read_inputs
     from grpo_mega.types import Sample
 
     recipe = load_recipe(path, overrides)
@@ -51,7 +51,7 @@ def compare(path: str, overrides: list[str]) -> None:
         for name in ("fp32", "bf16")
     }
     prompts = inputs.prompts.next(min(PROMPTS, recipe.batch.prompts_per_step))
-    sampler = build_sampler(recipe, inputs, grid, models["fp32"], progress_on(speaks=False))
+    sampler = build_samplers(recipe, inputs, grid, models["fp32"], progress_on(speaks=False))(recipe.sampling)
     groups = sampler.sample(prompts, range(len(prompts)), recipe.grpo.group_size, 0)
     samples = [
         Sample(

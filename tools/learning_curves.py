@@ -196,6 +196,7 @@ def draw(curves: dict[str, list[list[float]]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "learning_curves"}  # the same curves, the same file
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5))

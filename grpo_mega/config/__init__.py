@@ -6,13 +6,15 @@ world size. Unknown keys are errors that name the nearest known one. `recipe` ha
 """
 
 from grpo_mega.config.data import DataConfig, PlaceConfig, SourceConfig
+from grpo_mega.config.evaluation import EvaluationConfig
 from grpo_mega.config.grpo import GrpoConfig
 from grpo_mega.config.loading import load_recipe, to_yaml, validate_recipe
-from grpo_mega.config.recipe import MoeConfig, OptimizerConfig, ParallelConfig, Recipe
+from grpo_mega.config.recipe import MoeConfig, OptimizerConfig, ParallelConfig, Recipe, SamplingConfig
 from grpo_mega.config.reward import RewardConfig
 
 __all__ = [
     "DataConfig",
+    "EvaluationConfig",
     "GrpoConfig",
     "MoeConfig",
     "OptimizerConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "PlaceConfig",
     "Recipe",
     "RewardConfig",
+    "SamplingConfig",
     "SourceConfig",
     "load_recipe",
     "to_yaml",

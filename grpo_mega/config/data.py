@@ -60,9 +60,10 @@ class DataConfig(PlaceConfig):
                     raise ValueError(
                         f"data.{key} and data.sources are both given; move data.{key} into an entry of data.sources"
                     )
-        else:
+        elif self.trains or self.heldout_source is None or self.split is not None or self.task:
             _check_place(self, "data.")
-        places = (*(self.sources or (self,)), *([] if self.heldout_source is None else [self.heldout_source]))
+        training = self.sources or ((self,) if self.trains else ())
+        places = (*training, *([] if self.heldout_source is None else [self.heldout_source]))
         if all(place.reasoning_gym is not None for place in places):
             for key, default in (("prompt_field", "prompt"), ("answer_field", "answer")):
                 if getattr(self, key) != default:
@@ -75,6 +76,11 @@ class DataConfig(PlaceConfig):
         if self.heldout_source is not None and self.heldout == 0:
             raise ValueError("data.heldout=0 would leave data.heldout_source unused; leave one of them out")
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a source to train on; a recipe for `grpo-mega eval` may have a held-out source alone."""
+        return bool(self.sources) or any(getattr(self, key) is not None for key in PLACES)
 
 
 def _check_place(place: PlaceConfig, prefix: str) -> None:

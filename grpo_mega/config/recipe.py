@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from grpo_mega.config.base import Counts, Name, NonNegative, Positive, Section
 from grpo_mega.config.data import DataConfig
+from grpo_mega.config.evaluation import EvaluationConfig
 from grpo_mega.config.grpo import PER_STEP, GrpoConfig
 from grpo_mega.config.parallel import OwnLayoutConfig, ParallelConfig
 from grpo_mega.config.reward import RewardConfig
@@ -138,6 +139,7 @@ class Recipe(Section):
     reward: RewardConfig = RewardConfig()
     reward_models: dict[str, RewardModelConfig] = Field(default_factory=dict)  # by the names that reward has for them
     sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     grpo: GrpoConfig = GrpoConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -176,6 +178,15 @@ class Recipe(Section):
         self._check_steps()
         self.reward.check_lengths(self.sampling.max_completion_tokens)
         self.reward.check_models(self.reward_models)
+
+        if self.data.heldout:
+            self.evaluation.correct_part(self.reward)  # raises where the recipe does not decide it
+        else:
+            for key, value in self.evaluation.model_dump(exclude_defaults=True).items():
+                raise ValueError(
+                    f"evaluation.{key}={value} would never be used with data.heldout=0; hold problems out, or leave it "
+                    "out"
+                )
         return self
 
     def _check_old_logprobs(self) -> None:
@@ -210,3 +221,18 @@ class Recipe(Section):
     @property
     def reference_path(self) -> str:
         return self.reference.path or self.model.path
+
+    @property
+    def evaluation_sampling(self) -> SamplingConfig:
+        """How completions of held-out problems are drawn: as in training, but for what `evaluation` says of its own.
+
+        Temperature 0 is top-k with k = 1: the likeliest token, whatever the temperature. Of several with the very same
+        logit the noise takes one.
+        """
+        temperature, limit = self.evaluation.temperature, self.evaluation.max_completion_tokens
+        changes: dict[str, Any] = {} if limit is None else {"max_completion_tokens": limit}
+        if temperature == 0:
+            changes |= {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+        elif temperature is not None:
+            changes["temperature"] = temperature
+        return self.sampling.model_copy(update=changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from grpo_mega.config import DataConfig
@@ -50,17 +50,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     sources, heldout_source = sources_of(config)
     loaded = [source.rows(seed) for source in sources]
     pool = [row for rows in loaded for row in rows] if heldout_source is None else heldout_source.rows(seed)
-    distinct: dict[str, Row] = {}
-    for row in pool:
-        distinct.setdefault(problem(row), row)
-    if heldout_source is None and config.heldout >= len(distinct):
-        raise DataError(
-            f"data.heldout={config.heldout} takes every one of the {len(distinct)} distinct prompts of "
-            f"{', '.join(source.name for source in sources)} ({len(pool)} rows) and leaves none to train on; use "
-            f"data.heldout={len(distinct) // 10} or give more data"
-        )
-    candidates = list(distinct.values())
-    heldout = [candidates[i] for i in shuffled(len(candidates), "heldout", seed)[: config.heldout]]
+    heldout, distinct = _held_out(config, seed, pool, [source.name for source in sources])
     kept_out = set(map(problem, heldout)) if heldout_source is None else distinct.keys()
     training = []
     for source, rows in zip(sources, loaded, strict=True):
@@ -73,3 +63,39 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
         training.append(TrainingRows(source, left, len(rows) - len(left)))
     name = None if heldout_source is None else heldout_source.name
     return Corpus(tuple(training), tuple(heldout), name)
+
+
+def load_heldout(config: DataConfig, seed: int) -> tuple[tuple[Row, ...], str]:
+    """The held-out rows that `load_corpus` would have, and a name for them; of a held-out source nothing else is read.
+
+    Raises DataError, also where nothing is held out.
+    """
+    sources, heldout_source = sources_of(config)
+    if not config.heldout:
+        raise DataError("data.heldout=0 leaves no problem to evaluate on; set data.heldout")
+    if heldout_source is not None:
+        rows = heldout_source.rows(seed)
+        return tuple(_held_out(config, seed, rows, [heldout_source.name])[0]), heldout_source.name
+    names = [source.name for source in sources]
+    rows = [row for source in sources for row in source.rows(seed)]
+    return tuple(_held_out(config, seed, rows, names)[0]), ", ".join(names)
+
+
+def _held_out(
+    config: DataConfig, seed: int, pool: Sequence[Row], names: Sequence[str]
+) -> tuple[list[Row], dict[str, Row]]:
+    """The rows of `pool` that are held out, and its first row of each distinct problem. names: of the pool's sources.
+
+    Raises DataError where a pool that is trained on too would be held out as a whole.
+    """
+    distinct: dict[str, Row] = {}
+    for row in pool:
+        distinct.setdefault(problem(row), row)
+    if config.heldout_source is None and config.heldout >= len(distinct):
+        raise DataError(
+            f"data.heldout={config.heldout} takes every one of the {len(distinct)} distinct prompts of "
+            f"{', '.join(names)} ({len(pool)} rows) and leaves none to train on; use "
+            f"data.heldout={len(distinct) // 10} or give more data"
+        )
+    candidates = list(distinct.values())
+    return [candidates[i] for i in shuffled(len(candidates), "heldout", seed)[: config.heldout]], distinct

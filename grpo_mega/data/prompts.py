@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,21 +24,25 @@ class Renderer:
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: ChatTokenizer, max_completion_tokens: int, context_length: int
+        self,
+        config: DataConfig,
+        tokenizer: ChatTokenizer,
+        max_completion_tokens: int,
+        context_length: int,
+        key: str = "sampling.max_completion_tokens",
     ) -> None:
+        """key: where the recipe says `max_completion_tokens`."""
         self._config, self._tokenizer, self.overlong = config, tokenizer, config.overlong
-        self._completion, self._context = max_completion_tokens, context_length
+        self._completion, self._context, self.key = max_completion_tokens, context_length, key
         left = context_length - max_completion_tokens
         if left < 1:
             raise ConfigError(
-                f"sampling.max_completion_tokens={max_completion_tokens} leaves no room for a prompt in a context of "
-                f"{context_length}; lower it"
+                f"{key}={max_completion_tokens} leaves no room for a prompt in a context of {context_length}; lower it"
             )
         if config.max_prompt_tokens is not None and config.max_prompt_tokens > left:
             raise ConfigError(
-                f"data.max_prompt_tokens={config.max_prompt_tokens} and sampling.max_completion_tokens="
-                f"{max_completion_tokens} exceed a context of {context_length}; use data.max_prompt_tokens={left}, or "
-                "leave it out"
+                f"data.max_prompt_tokens={config.max_prompt_tokens} and {key}={max_completion_tokens} exceed a context "
+                f"of {context_length}; use data.max_prompt_tokens={left}, or leave it out"
             )
         self.limit = config.max_prompt_tokens or left
 
@@ -89,9 +93,9 @@ class Renderer:
                 f"the limit, {policies}"
             )
         left = self._context - tokens
-        lower = f" lower sampling.max_completion_tokens to {left}," if left > 0 else ""
+        lower = f" lower {self.key} to {left}," if left > 0 else ""
         return (
-            f"the prompt has {tokens} tokens, with sampling.max_completion_tokens={self._completion} too many for a "
+            f"the prompt has {tokens} tokens, with {self.key}={self._completion} too many for a "
             f"context of {self._context}; remove the row,{lower} {policies}"
         )
 
@@ -141,8 +145,11 @@ class DataCounts:
         return ", ".join(words) + share
 
 
-def prompts_of(corpus: Corpus, render: Renderer, *, seed: int) -> tuple[PromptStream, list[Prompt], DataCounts]:
+def prompts_of(
+    corpus: Corpus, render: Renderer, *, seed: int, render_heldout: Renderer | None = None
+) -> tuple[PromptStream, list[Prompt], DataCounts]:
     """The training stream, the held-out prompts, and the counts of both; every row is rendered, and so checked.
+    render_heldout: where held-out prompts have a length limit of their own.
 
     Held-out prompts have the indices -1, -2, ...: no training prompt draws the same sampling noise.
     Raises DataError when a source has over-long prompts only, and what `render` raises.
@@ -153,11 +160,16 @@ def prompts_of(corpus: Corpus, render: Renderer, *, seed: int) -> tuple[PromptSt
         prompts, too_long = _rendered(part.rows, render, part.source.name)
         streams.append(prompts)
         counts.append(SourceCounts(part.source.name, weight / sum(weights), len(prompts), too_long, part.held_out))
-    heldout, too_long = _rendered(corpus.heldout, render, corpus.heldout_source or "the held-out rows")
-    heldout = [replace(prompt, index=-1 - i) for i, prompt in enumerate(heldout)]
+    heldout, of_heldout = heldout_prompts(corpus.heldout, render_heldout or render, corpus.heldout_source)
     stream = PromptStream(streams, seed=seed, weights=weights)
-    of_heldout = SourceCounts(corpus.heldout_source or "of these", None, len(heldout), too_long)
     return stream, heldout, DataCounts(render.overlong, tuple(counts), of_heldout)
+
+
+def heldout_prompts(rows: Sequence[Row], render: Renderer, name: str | None) -> tuple[list[Prompt], SourceCounts]:
+    """Held-out rows as prompts with the indices -1, -2, ..., and their counts. name: of a source of their own."""
+    prompts, too_long = _rendered(rows, render, name or "the held-out rows")
+    indexed = [replace(prompt, index=-1 - i) for i, prompt in enumerate(prompts)]
+    return indexed, SourceCounts(name or "of these", None, len(indexed), too_long)
 
 
 def _rendered(rows: Iterable[Row], render: Renderer, name: str) -> tuple[list[Prompt], int]:
@@ -167,6 +179,6 @@ def _rendered(rows: Iterable[Row], render: Renderer, name: str) -> tuple[list[Pr
     if pairs and not prompts:
         raise DataError(
             f"every prompt of {name} ({len(pairs)} rows) has more than {render.limit} tokens and is skipped; raise "
-            "data.max_prompt_tokens, lower sampling.max_completion_tokens, or set data.overlong=truncate_left"
+            f"data.max_prompt_tokens, lower {render.key}, or set data.overlong=truncate_left"
         )
     return prompts, sum(overlong for _, overlong in pairs)

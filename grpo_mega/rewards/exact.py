@@ -16,7 +16,7 @@ more of them never pays more than naming the last one. The rules, where a choice
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -65,6 +65,16 @@ def exact(completion: str, answer: str | None, row: Mapping[str, Any]) -> float:
         return float(found == _plain_words(reference))
     value = _value(found)
     return float(value is not None and value == _value(_plain_number(reference)))
+
+
+def vote(completion: str, answer: str | None, row: Mapping[str, Any]) -> tuple[Hashable, str] | None:
+    """What a completion's answer is equal to others by (numbers by value, words as they are normalised), and the answer
+    as text; None if there is none. Of the reference only its kind is read. `row` is not read."""
+    numeric = answer is not None and is_number(answer.rpartition("####")[2])
+    found = extract_answer(completion, numeric=numeric)
+    if found is None:
+        return None
+    return ((_value(found) if numeric else None) or found), found
 
 
 def extract_answer(text: str, *, numeric: bool = True) -> str | None:

@@ -14,7 +14,7 @@ where the reference has several lines or the task gives none.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from grpo_mega.config.base import nearest
 from grpo_mega.config.reward import ReasoningGymOptions
 from grpo_mega.errors import RewardError
+from grpo_mega.rewards import exact
 from grpo_mega.rewards.bounded import bounded
 from grpo_mega.rewards.exact import MAX_CHARS, extract_answer, is_number, marked_text
 
@@ -99,6 +100,18 @@ def committed_answer(text: str, reference: Any) -> str:
         text = text[-MAX_CHARS:].strip()
         found = text.splitlines()[-1] if one_line and text else text
     return found.strip(" \t*`") or found  # emphasis around it, unless it is all there is
+
+
+def vote(completion: str, answer: str | None, row: Mapping[str, Any]) -> tuple[Hashable, str] | None:
+    """What a completion's answer is equal to others by, and the answer as text; None if there is none.
+
+    Numbers are compared by value, all else by its words: a scorer can tell only what is right.
+    """
+    reference = row.get("answer")
+    if isinstance(reference, str) and is_number(reference):
+        return exact.vote(completion, reference, row)
+    found = committed_answer(completion, reference)
+    return (" ".join(found.split()).casefold(), found) if found else None
 
 
 def scored(task: str, parameters: dict[str, Any], entry: dict[str, Any], text: str, strict: bool) -> float:

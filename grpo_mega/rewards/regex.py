@@ -7,7 +7,7 @@ under `rewards/bounded`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from grpo_mega.config.reward import RegexOptions
@@ -29,6 +29,16 @@ def regex(options: RegexOptions) -> Callable[[str, str | None, Mapping[str, Any]
         return float(groups[0] is not None and groups[0].strip() == str(answer).strip())
 
     return score
+
+
+def vote(
+    options: RegexOptions, completion: str, answer: str | None, row: Mapping[str, Any]
+) -> tuple[Hashable, str] | None:
+    """The text of the group that is compared with the answer, twice; None if nothing matches. Raises BoundedError."""
+    find = bounded(f"{__name__}:last_match")
+    groups = find(options.time_limit, options.pattern, options.match == "fullmatch", options.group, completion)
+    found = groups[0].strip() if groups is not None and groups[0] is not None else ""
+    return (found, found) if found else None
 
 
 def last_match(pattern: str, whole: bool, group: int | str | None, text: str) -> list[str | None] | None:

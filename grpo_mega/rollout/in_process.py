@@ -40,7 +40,8 @@ class _Flight:
 class InProcessSampler:
     """Samples with the policy's own modules under any tensor and pipeline layout.
 
-    Rows are decoded in waves of at most `max_rows`, each cut into as many row groups as there are pipeline stages.
+    Rows are decoded in waves of at most `max_rows`, each cut into as many row groups as there are pipeline stages; a
+    prompt's rows are in one wave unless they alone are more.
     A finished row leaves its group at once. `decode` turns token ids into text. `routes`: the decoder's mesh is not the
     training mesh, so its data ranks share the prompts their own way and every rank gets back what it asked for.
     """
@@ -75,15 +76,17 @@ class InProcessSampler:
 
     def _sample(self, prompts: Sequence[Prompt], group_size: int, step: int) -> list[list[Completion]]:
         decoder = self.make_decoder()
-        wave = max(1, self.max_rows // group_size)
+        wave = self.max_rows // group_size * group_size or self.max_rows  # a group larger than a wave is cut
+        wanted = [(place, c) for place in range(len(prompts)) for c in range(group_size)]
         rows: list[_Row] = []
         with decoder.session():
-            for n in range(decoder.agree(-(-len(prompts) // wave))):
-                part = prompts[n * wave : (n + 1) * wave]
+            for n in range(decoder.agree(-(-len(wanted) // wave))):
+                these = wanted[n * wave : (n + 1) * wave]
+                places = list(dict.fromkeys(place for place, _ in these))
+                part = [prompts[place] for place in places]
                 more = [
-                    _Row(n, uniforms(self.seed, step, prompt.index, c, self.max_tokens))
-                    for n, prompt in enumerate(part)
-                    for c in range(group_size)
+                    _Row(places.index(place), uniforms(self.seed, step, prompts[place].index, c, self.max_tokens))
+                    for place, c in these
                 ]
                 self._run(decoder, part, more)
                 rows += more

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from grpo_mega.config import ParallelConfig, Recipe
+from grpo_mega.config.data import PLACES
 from grpo_mega.config.reward_model import RewardModelConfig
 from grpo_mega.config.reward_training import RewardRecipe
 from grpo_mega.errors import ConfigError
@@ -12,18 +16,22 @@ from grpo_mega.model.layout import layers_per_stage, nearest_layouts
 from grpo_mega.model.names import shapes
 from grpo_mega.parallel.mesh import check_world
 
+RESULT = "evaluation.json"
+
 
 def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
     """What can be refused within a second: the model folder, the layout, the world. Raises ConfigError."""
+    if not recipe.data.trains:
+        raise ConfigError(
+            "data.heldout_source alone is for grpo-mega eval, and leaves nothing to train on; give exactly one of "
+            f"{', '.join(f'data.{key}' for key in PLACES)}, or a list data.sources"
+        )
     arch = read_architecture(recipe.model.path)
     check_parallel(arch, recipe.parallel, world_size)
     _check_mixture(arch, recipe)
     layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout)
     check_parallel(arch, sampling_layout(recipe), world_size, "sampling")
-    for name, config in recipe.reward_models.items():
-        model = read_scored(config.path)
-        section = "parallel" if config.layout is None else f"reward_models.{name}"
-        check_parallel(model, judging_layout(config, recipe.parallel, model), world_size, section)
+    _check_judges(recipe, recipe.parallel, world_size)
     if recipe.grpo.kl_coef > 0:
         other = read_architecture(recipe.reference_path)
         own = recipe.reference.layout
@@ -40,6 +48,41 @@ def check_cheaply(recipe: Recipe, world_size: int) -> Architecture:
                 f"reference.path={recipe.reference_path} is a model of another shape; leave one of them out"
             )
     return arch
+
+
+def check_evaluation(recipe: Recipe, world_size: int) -> Architecture:
+    """The same for a run that only samples: under the layout that training would sample under."""
+    if not recipe.data.heldout:
+        raise ConfigError("data.heldout=0 leaves no problem to evaluate on; set data.heldout")
+    arch, layout = read_architecture(recipe.model.path), sampling_layout(recipe)
+    check_parallel(arch, layout, world_size, "sampling" if layout.sizes != _without_context(recipe) else "parallel")
+    _check_mixture(arch, recipe)
+    layers_per_stage(arch, layout.stages, layout.pipeline_layout)
+    _check_judges(recipe, layout, world_size)
+    return arch
+
+
+def _check_judges(recipe: Recipe, beside: ParallelConfig, world_size: int) -> None:
+    for name, config in recipe.reward_models.items():
+        model = read_scored(config.path)
+        section = "parallel" if config.layout is None else f"reward_models.{name}"
+        check_parallel(model, judging_layout(config, beside, model), world_size, section)
+
+
+def check_output(recipe: Recipe, output: str | None) -> Path:
+    """Where an evaluation's files go: `output`, or run.directory/evaluations/NAME, NAME being the model folder's.
+
+    Raises ConfigError where an evaluation is already.
+    """
+    path = Path(recipe.run.directory) / "evaluations" / Path(recipe.model.path).resolve().name
+    path = path if output is None else Path(output)
+    if (path / RESULT).exists():
+        raise ConfigError(f"{path} holds an evaluation already; name another folder with --output, or delete it")
+    return path
+
+
+def _without_context(recipe: Recipe) -> dict[str, Any]:
+    return {**recipe.parallel.sizes, "context": 1}
 
 
 def check_parallel(arch: Architecture, parallel: ParallelConfig, world_size: int, section: str = "parallel") -> None:

@@ -24,6 +24,11 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, broken
 
 
+def bracketed(mean: float, low: float, high: float) -> str:
+    """A mean with its interval, "0.708 (0.590 to 0.803)"; the mean alone where the interval is nan."""
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})" if low == low else f"{mean:.3f}"
+
+
 def one_line(text: str, limit: int = 100) -> str:
     """A text for a terminal: on one line of at most `limit` characters, none of which can move its cursor."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))

@@ -16,15 +16,14 @@ from grpo_mega.parallel.device import peak_memory_bytes
 from grpo_mega.rewards.score import first_fault, unscored_steps
 from grpo_mega.trainer import checkpoint
 from grpo_mega.trainer.batches import minibatches, pair_cost_of, training_share, with_logprobs
-from grpo_mega.trainer.collect import Collected, collect, score
+from grpo_mega.trainer.collect import Collected, collect
+from grpo_mega.trainer.evaluation import evaluate
 from grpo_mega.trainer.iterations import refresh_reference
 from grpo_mega.trainer.penalty import penalised
 from grpo_mega.trainer.records import StepCost, group_metrics, step_timings, write_together
 from grpo_mega.trainer.reward_replay import train_reward_models
 from grpo_mega.trainer.setup import Run
-from grpo_mega.types import Group, Mean, Metrics, Microbatch, add_metrics
-
-EVALUATION_COMPLETIONS = 4
+from grpo_mega.types import Mean, Metrics, Microbatch, add_metrics
 
 
 def train(run: Run, start: int = 0) -> None:
@@ -119,19 +118,3 @@ def save(run: Run, steps_done: int) -> None:
             "objective": run.objective.state(),
         }
         checkpoint.save(run.inputs.directory.checkpoints, steps_done, run.policy, state, run.mesh, run.inputs.arch)
-
-
-def evaluate(run: Run, steps_done: int) -> tuple[float, list[Group]]:
-    """Mean reward on the held-out prompts, at the training temperature, EVALUATION_COMPLETIONS each; and the groups."""
-    prompts = run.inputs.heldout
-    mine = run.mesh.share(len(prompts))
-    with run.progress.task("held-out accuracy", f" after {steps_done} steps") as task:
-        completions = run.sampler.sample(prompts, mine, EVALUATION_COMPLETIONS, steps_done)
-        shares = collectives.gather_objects(score(run, [prompts[i] for i in mine], completions), run.mesh.data.group)
-        groups = sorted((g for share in shares for g in share), key=lambda group: -group.prompt.index)
-        metrics = group_metrics(groups)
-        reward, errors = metrics["reward"].value(), int(metrics["reward_errors"].total)
-        faults = f"; {errors} errors, {first_fault(groups)}" if errors else ""
-        task.result = f"{reward:.3f} ({len(groups)} problems x {EVALUATION_COMPLETIONS} completions{faults})"
-    write_together(run.mesh, lambda: run.inputs.directory.write_evaluation(steps_done, reward))
-    return reward, groups

@@ -10,6 +10,7 @@ from grpo_mega.errors import RunDirectoryError
 from grpo_mega.model import bridge
 from grpo_mega.parallel import collectives, mesh
 from grpo_mega.trainer import checkpoint, loop
+from grpo_mega.trainer.evaluation import evaluate
 from grpo_mega.trainer.iterations import restore_reference
 from grpo_mega.trainer.progress import Progress, progress_on
 from grpo_mega.trainer.records import raise_together, write_together, writing
@@ -30,7 +31,7 @@ def train(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe, inputs: Inputs, grid: mesh.Mesh, progress: Progress) -> None:
-    progress.say(describe(recipe, grid, inputs.layers))
+    progress.say(describe(recipe.model.path, grid, inputs.layers, recipe.precision.dtype))
     for line in inputs.data.lines():
         progress.say(line)
     with progress.task("loading weights"):
@@ -43,9 +44,9 @@ def _train(recipe: Recipe, inputs: Inputs, grid: mesh.Mesh, progress: Progress) 
         progress.say(f"next: {how_to_go_on(run)}, or another run.directory")
         return
     write_together(grid, lambda: inputs.directory.open(start + 1))
-    before = loop.evaluate(run, start) if inputs.heldout else None
+    before = evaluate(run, start) if inputs.heldout else None
     loop.train(run, start)
-    after = loop.evaluate(run, recipe.run.num_steps) if inputs.heldout else None
+    after = evaluate(run, recipe.run.num_steps) if inputs.heldout else None
     export(run)
     report(run, start, before, after)
 
@@ -78,14 +79,15 @@ def resume(run: Run) -> int:
     return state["step"]
 
 
-def describe(recipe: Recipe, grid: mesh.Mesh, layers: tuple[int, ...]) -> str:
+def describe(model: str, grid: mesh.Mesh, layers: tuple[int, ...], dtype: str) -> str:
+    """The model and the layout that it runs under, on one line."""
     stages = f" (layers {'+'.join(map(str, layers))})" if len(layers) > 1 else ""
     virtual = f" x virtual {grid.virtual}" if grid.virtual > 1 else ""
     context = f" x context {grid.context.size}" if grid.context.size > 1 else ""
     slices = f" x expert tensor {grid.expert_tensor.size}" if grid.expert_tensor.size != grid.tensor.size else ""
     experts = f" (experts: {grid.expert.size}{slices})" if slices or grid.expert.size > 1 else ""
     return (
-        f"grpo_mega: {recipe.model.path} on {grid.world.size} ranks: tensor {grid.tensor.size} x pipeline "
+        f"grpo_mega: {model} on {grid.world.size} ranks: tensor {grid.tensor.size} x pipeline "
         f"{grid.pipeline.size}{virtual}{stages}{context} x data {grid.data.size}{experts}, "
-        f"{grid.device.type} {recipe.precision.dtype}"
+        f"{grid.device.type} {dtype}"
     )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from grpo_mega.trainer.tensorboard import Scalars
 
 # settings that a resumed run may change: where, how long and in what portions, not what a step computes
-FREE_SECTIONS = ("parallel",)
+FREE_SECTIONS = ("parallel", "evaluation")
 FREE_KEYS = {
     *(("run", key) for key in ("directory", "num_steps", "save_every", "evaluate_every")),
     *(("sampling", key) for key in ("max_rows", "tensor", "pipeline", "expert", "expert_tensor")),
@@ -90,13 +90,7 @@ class RunDirectory:
     def check(self) -> None:
         """Raise ConfigError if the directory cannot be written or holds a run with other settings."""
         existing = self.path / "recipe.yaml"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path) as file:  # permission bits say little about a network's folder
-                file.write(b"x")
-        except OSError as error:
-            reason = "it is a file" if self.path.is_file() else error.strerror
-            raise ConfigError(f"run.directory={self.path} cannot be used ({reason}); choose another") from None
+        check_writable(self.path, "run.directory")
         if existing.exists():
             for change in _differences(load_as(type(self.recipe), existing).model_dump(), self.recipe.model_dump()):
                 raise ConfigError(
@@ -113,7 +107,7 @@ class RunDirectory:
         with writing(self.path):
             if isinstance(self.recipe, Recipe):
                 rollouts.mkdir(exist_ok=True)
-            _replace(self.path / "recipe.yaml", to_yaml(self.recipe).encode())
+            replace_file(self.path / "recipe.yaml", to_yaml(self.recipe).encode())
             # a run begins with an evaluation of what it starts from, step first_step - 1
             for name, end in (
                 ("metrics", first_step),
@@ -124,7 +118,7 @@ class RunDirectory:
                 file = self.path / f"{name}.jsonl"
                 if file.exists():
                     lines = [json.dumps(record) + "\n" for record in read_lines(file)[0] if record["step"] < end]
-                    _replace(file, "".join(lines).encode())
+                    replace_file(file, "".join(lines).encode())
             for file in (*rollouts.glob("step_*.parquet"), *rollouts.glob("*.partial")):
                 if file.suffix == ".partial" or int(file.stem.removeprefix("step_")) >= first_step:
                     file.unlink()
@@ -138,7 +132,7 @@ class RunDirectory:
         from grpo_mega.trainer.rollout_file import rollout_bytes
 
         with writing(self.path):
-            _replace(self.path / "rollouts" / f"step_{step:06d}.parquet", rollout_bytes(step, groups))
+            replace_file(self.path / "rollouts" / f"step_{step:06d}.parquet", rollout_bytes(step, groups))
 
     def write_step(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """A line of metrics.jsonl (what a second run repeats bit for bit), one of timings.jsonl, and both as curves."""
@@ -148,15 +142,12 @@ class RunDirectory:
             curves = {f"metrics/{name}": value for name, value in metrics.items()}
             self._curves["training"].add(step, curves | {f"timings/{name}": value for name, value in timings.items()})
 
-    def write_evaluation(self, step: int, reward: float) -> None:
-        """A line of evaluations.jsonl and a point of the curve that lies over the training reward's."""
-        self.write_heldout(step, {"reward": reward})
-
-    def write_heldout(self, step: int, values: Mapping[str, float]) -> None:
-        """The same of whatever is measured on held-out data."""
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """A line of evaluations.jsonl and a point of each curve; the reward's lies over that of training."""
         with writing(self.path):
             self._append("evaluations.jsonl", {"step": step, **values})
-            self._curves["evaluation"].add(step, {f"metrics/{name}": value for name, value in values.items()})
+            curves = {key: value for key, value in values.items() if key not in ("problems", "completions")}
+            self._curves["evaluation"].add(step, {f"metrics/{name}": value for name, value in curves.items()})
 
     def write_reward_model(self, steps_done: int, name: str, values: Mapping[str, float]) -> None:
         """A line of reward_models.jsonl: what a reward model learned after so many steps."""
@@ -174,6 +165,17 @@ class RunDirectory:
         record = {key: None if value != value else value for key, value in record.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def check_writable(path: Path, said: str) -> None:
+    """Make the directory that a user names by `said`. Raises ConfigError unless files can be written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:  # permission bits say little about a network's folder
+            file.write(b"x")
+    except OSError as error:
+        reason = "it is a file" if path.is_file() else error.strerror
+        raise ConfigError(f"{said}={path} cannot be used ({reason}); choose another") from None
 
 
 @contextmanager
@@ -249,7 +251,7 @@ class StepCost:
     work: Sequence[Sequence[float]]  # of the microbatches of each minibatch, in rows
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Whole or not at all, and durable when this returns."""
     aside = path.with_name(path.name + ".partial")
     try:

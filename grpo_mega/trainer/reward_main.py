@@ -177,7 +177,7 @@ def evaluate(inputs: RewardInputs, trainer: RewardTrainer, steps_done: int, prog
         value, metrics = loss(trainer.scores(readings, progress.tick))
         values = {"loss": float(value)} | {name: mean.value() for name, mean in metrics.items()}
         task.result = f"loss {values['loss']:.4g}, accuracy {values['accuracy']:.3f} ({len(inputs.heldout)} rows)"
-    write_together(trainer.policy.mesh, lambda: inputs.directory.write_heldout(steps_done, values))
+    write_together(trainer.policy.mesh, lambda: inputs.directory.write_evaluation(steps_done, values))
     return values
 
 

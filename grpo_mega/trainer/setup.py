@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from grpo_mega.config import Recipe
+from grpo_mega.config import Recipe, SamplingConfig
 from grpo_mega.data.corpus import load_corpus
 from grpo_mega.data.mixture import PromptStream
 from grpo_mega.data.prompts import DataCounts, Renderer, prompts_of
@@ -62,6 +63,7 @@ class Run:
     reference: Reference | None
     reward_models: Mapping[str, RewardModel]
     sampler: Sampler
+    examiner: Sampler  # of held-out problems
     objective: StepObjective
     progress: Progress
 
@@ -78,7 +80,9 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     render = Renderer(recipe.data, tokenizer, recipe.sampling.max_completion_tokens, arch.context_length)
     directory = RunDirectory(recipe)
     directory.check()
-    prompts, heldout, counts = prompts_of(corpus, render, seed=recipe.run.seed)
+    prompts, heldout, counts = prompts_of(
+        corpus, render, seed=recipe.run.seed, render_heldout=heldout_renderer(recipe, tokenizer, arch)
+    )
     judges = read_judges(recipe)
     check_conversations(judges, [*prompts.everything(), *heldout])
     return Inputs(
@@ -92,6 +96,14 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         directory=directory,
         layers=layers_per_stage(arch, recipe.parallel.stages, recipe.parallel.pipeline_layout),
     )
+
+
+def heldout_renderer(recipe: Recipe, tokenizer: ChatTokenizer, arch: Architecture) -> Renderer:
+    """What puts held-out problems: beside completions of evaluation's own length, if it has one."""
+    own = recipe.evaluation.max_completion_tokens is not None
+    key = f"{'evaluation' if own else 'sampling'}.max_completion_tokens"
+    limit = recipe.evaluation_sampling.max_completion_tokens
+    return Renderer(recipe.data, tokenizer, limit, arch.context_length, key)
 
 
 def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) -> Run:
@@ -112,17 +124,20 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
         start_main_weights(policy.optimizer, fine)
     reference = build_reference(recipe, mesh, progress.tick) if recipe.grpo.kl_coef > 0 else None
     reward_models = build_reward_models(recipe, inputs.judges, mesh)
-    sampler = build_sampler(recipe, inputs, mesh, policy, progress)
-    return Run(recipe, inputs, mesh, policy, reference, reward_models, sampler, StepObjective(recipe), progress)
+    sampler_of = build_samplers(recipe, inputs, mesh, policy, progress)
+    sampler, examiner = sampler_of(recipe.sampling), sampler_of(recipe.evaluation_sampling)
+    objective = StepObjective(recipe)
+    return Run(recipe, inputs, mesh, policy, reference, reward_models, sampler, examiner, objective, progress)
 
 
-def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, progress: Progress) -> Sampler:
-    """A sampler on the training weights, or on a copy where sampling has a layout or a dtype of its own.
+def build_samplers(
+    recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, progress: Progress
+) -> Callable[[SamplingConfig], Sampler]:
+    """Samplers on the training weights, or on one copy where sampling has a layout or a dtype of its own.
 
     Context ranks, which share rows in training, are data ranks in sampling: every rank has the same weights as before.
     """
-    rule, current = recipe.sampling, mesh
-    layout = sampling_layout(recipe)
+    current, layout = mesh, sampling_layout(recipe)
     dtype = recipe.precision.sampling or recipe.precision.dtype
     if layout.sizes != recipe.parallel.sizes:
         current = another_layout(mesh, **layout.sizes)
@@ -139,18 +154,32 @@ def build_sampler(recipe: Recipe, inputs: Inputs, mesh: Mesh, policy: Policy, pr
         model = policy.settled()
         return model.eval() if copy is None else copy.refresh()
 
-    truncation = Truncation.of(rule.top_k, rule.top_p)
-
-    def decoder() -> Decoder:
+    def decoder(rule: SamplingConfig) -> Decoder:
+        truncation = Truncation.of(rule.top_k, rule.top_p)
         return Decoder(weights(), inputs.arch.vocab_size, current, rule.temperature, progress.tick, truncation)
 
+    return lambda rule: sampler_on(
+        partial(decoder, rule), current, inputs.tokenizer, rule, recipe.run.seed, routes=current is not mesh
+    )
+
+
+def sampler_on(
+    make_decoder: Callable[[], Decoder],
+    mesh: Mesh,
+    tokenizer: ChatTokenizer,
+    rule: SamplingConfig,
+    seed: int,
+    *,
+    routes: bool = False,
+) -> Sampler:
+    """A sampler by `rule` of what `make_decoder` decodes on `mesh`."""
     return InProcessSampler(
-        decoder,
-        current,
-        seed=recipe.run.seed,
+        make_decoder,
+        mesh,
+        seed=seed,
         max_completion_tokens=rule.max_completion_tokens,
-        stop_token_ids=(*inputs.tokenizer.stop_token_ids, *rule.stop_token_ids),
+        stop_token_ids=(*tokenizer.stop_token_ids, *rule.stop_token_ids),
         max_rows=rule.max_rows,
-        decode=inputs.tokenizer.decode,
-        routes=current is not mesh,
+        decode=tokenizer.decode,
+        routes=routes,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,13 @@ from rich.table import Table
 
 from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import ConfigError
-from grpo_mega.trainer.lines import one_line, read_lines
+from grpo_mega.trainer.lines import bracketed, one_line, read_lines
 from grpo_mega.trainer.live import sparkline
 from grpo_mega.trainer.progress import METRICS
 
 CURVE_ROWS = 12  # of the learning curve's table; each is the mean of equally many steps
 SPARK_STEPS = 60
+EVALUATIONS = 6  # whose numbers are shown
 CURVE = METRICS | {"completion_tokens": ("tokens", ".1f"), "truncated": ("cut", ".2f")}
 PHASES = ("sample", "reward", "gather", "log-probs", "update")
 
@@ -57,7 +59,8 @@ def print_summary(directory: Path, console: Console) -> None:
     else:
         say("no step is recorded yet")
     if evaluations:
-        say("held-out accuracy: " + ", ".join(f"{row['reward']:.3f} after {row['step']} steps" for row in evaluations))
+        say("held-out problems after so many steps (in brackets 95 % intervals):")
+        say("\n".join(_evaluations(evaluations)))
     if timings:
         say("\n".join(costs(timings)))
     for line in _completions(directory):
@@ -118,6 +121,19 @@ def _curve(metrics: Sequence[Mapping[str, Any]]) -> Table:
             cells.append(f"{statistics.fmean(values):{form}}" if values else "-")
         table.add_row(f"{first}" if first == last else f"{first}-{last}", *cells)
     return table
+
+
+def _evaluations(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line a metric: the first evaluation, and the last ones where there are more than EVALUATIONS."""
+    records = records if len(records) <= EVALUATIONS else [records[0], *records[1 - EVALUATIONS :]]
+    names = ["reward", *dict.fromkeys(name for row in records for name in row if re.fullmatch(r"(pass|maj)@\d+", name))]
+    for name in names:
+        cells = []
+        for row in (row for row in records if row.get(name) is not None):
+            ends = (row.get(f"{name}_{end}") for end in ("low", "high"))
+            low, high = (math.nan if end is None else end for end in ends)
+            cells.append(f"{bracketed(row[name], low, high)} after {row['step']}")
+        yield f"  {name:<{max(map(len, names))}}  {', '.join(cells)}"
 
 
 def _parts(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -62,13 +62,16 @@ CASES = (
     Case(**P),
     Case(**BOTH),
     Case("few"),
-    Case(max_rows=1, order=(4, 2, 0, 1, 3)),  # one prompt a wave
+    Case(top_k=1),  # greedy
+    Case(max_rows=2, order=(4, 2, 0, 1, 3)),  # less than a group
+    Case(max_rows=3, order=(4, 2, 0, 1, 3)),  # one prompt a wave
     Case(max_rows=7, order=(3, 0, 4, 1, 2)),  # two, two and one
     Case(tensor=2),
     Case(tensor=2, temperature=0.7),
     Case(tensor=2, sequence=True),
     Case(pipeline=2),
     Case(pipeline=2, max_rows=7, order=(3, 0, 4, 1, 2), temperature=0.7),
+    Case(pipeline=2, max_rows=2),
     Case(data=2),
     Case(tensor=3),
     Case(pipeline=3, stages=(1, 3, 1)),
@@ -279,7 +282,16 @@ def same(group, wanted, tolerance, case):
 def test_tokens_are_where_their_uniform_falls_in_transformers_distribution(alone, folders, dtype, tolerance):
     from transformers import AutoModelForCausalLM
 
-    for case in (Case(), Case(temperature=0.7), Case("few"), Case("windows"), Case(**K), Case(**P), Case(**BOTH)):
+    for case in (
+        Case(),
+        Case(temperature=0.7),
+        Case("few"),
+        Case("windows"),
+        Case(**K),
+        Case(**P),
+        Case(**BOTH),
+        Case(top_k=1),
+    ):
         model = AutoModelForCausalLM.from_pretrained(folders[case.model]).double()
         for prompt in prompts():
             for number, completion in enumerate(alone[case]["groups"][prompt.index]):
@@ -327,7 +339,7 @@ def test_rows_end_at_a_stop_token_or_at_the_limit(alone, dtype, tolerance):
 @DTYPES
 def test_a_prompt_runs_once_and_a_finished_row_not_at_all(alone, dtype, tolerance):
     """Rows of every forward: the wave's prompts once each, then one a row that has still a token to draw."""
-    for case, wave_size in ((Case(), 5), (Case(max_rows=1, order=(4, 2, 0, 1, 3)), 1)):
+    for case, wave_size in ((Case(), 5), (Case(max_rows=3, order=(4, 2, 0, 1, 3)), 1)):
         groups = list(alone[case]["groups"].values())
         prompt_rows = [LENGTHS[place] for place in case.order]
         wanted = []

@@ -89,6 +89,7 @@ def test_rollouts_are_a_row_a_completion(tmp_path):
         "prompt_index": 6,
         "completion": 1,
         "prompt": "2+2=",
+        "messages": "[]",
         "prompt_token_ids": [50, 43],
         "text": "fünf",
         "token_ids": list("fünf".encode()),
@@ -146,7 +147,7 @@ def test_what_is_recorded_of_steps_that_are_run_again_is_dropped(tmp_path):
     for step in (1, 2, 3):
         files.write_rollouts(step, GROUPS)
         files.write_step(step, {"x": 0.1 * step}, {"y": 1.5})
-        files.write_evaluation(step, 0.5)
+        files.write_evaluation(step, {"reward": 0.5})
     files.close()
     kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:2]
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -171,15 +172,15 @@ def test_curves_show_no_step_twice(tmp_path):
     """As TensorBoard reads them: a run of three steps that goes on from its second one."""
     files = directory(tmp_path)
     files.open(1)
-    files.write_evaluation(0, 0.1)
+    files.write_evaluation(0, {"reward": 0.1, "pass@2": 0.25, "problems": 9})
     for step in (1, 2, 3):
         files.write_step(step, {"reward": step / 8, "ratio": float("nan")}, {"step_s": 2.0})
     files.close()
     files.open(3)
-    files.write_evaluation(2, 0.2)
+    files.write_evaluation(2, {"reward": 0.2, "pass@2": 0.5})
     for step in (3, 4):
         files.write_step(step, {"reward": step / 4}, {"step_s": 3.0})
-    files.write_evaluation(4, 0.4)  # on disk without close: a run may be killed
+    files.write_evaluation(4, {"reward": 0.4, "pass@2": float("nan")})  # on disk without close: a run may be killed
     curves = {}
     for run in ("training", "evaluation"):
         events = EventAccumulator(str(tmp_path / "tensorboard" / run)).Reload()
@@ -188,6 +189,7 @@ def test_curves_show_no_step_twice(tmp_path):
         ("training", "metrics/reward"): [(1, 0.125), (2, 0.25), (3, 0.75), (4, 1.0)],
         ("training", "timings/step_s"): [(1, 2.0), (2, 2.0), (3, 3.0), (4, 3.0)],
         ("evaluation", "metrics/reward"): [(0, pytest.approx(0.1)), (2, pytest.approx(0.2)), (4, pytest.approx(0.4))],
+        ("evaluation", "metrics/pass@2"): [(0, 0.25), (2, 0.5)],
     }
     files.close()
 
@@ -287,6 +289,7 @@ def test_resolved_recipe_is_kept(tmp_path):
         {"batch": {"tokens_per_microbatch": 8, "fixed_rows": True}},
         {"sampling": {"max_rows": 8}},
         {"model": {"path": "m", "recompute": "full"}},
+        {"evaluation": {"completions": 8, "pass_at": [1, 8]}},
     ],
     ids=str,
 )

@@ -52,8 +52,8 @@ def test_a_run_by_hand(run):
     for step in range(1, 25):
         metrics = {"reward": step / 32, "clip_fraction": 0.25, "entropy": float("nan"), "reward_errors": step == 3}
         run.write_step(step, metrics, timings(float(step)))
-    run.write_evaluation(0, 0.125)
-    run.write_evaluation(24, 0.75)
+    run.write_evaluation(0, {"reward": 0.125})  # an older run's
+    run.write_evaluation(24, {"reward": 0.75, "reward_low": 0.5, "reward_high": 1.0, "pass@4": 0.9, "pass@4_low": None})
     groups = [
         Group(Prompt(n, f"question {n}", (1,), "42"), (rollout(0.0, "no"), rollout(n, "x\x1b[2J\ny"))) for n in (1, 2)
     ]
@@ -70,14 +70,16 @@ def test_a_run_by_hand(run):
         ["23-24", "0.734", "0.250"],
     ]
     assert lines[at + 13].startswith("reward, the last 60 steps: ▁▁") and lines[at + 13].endswith("██")
-    assert lines[at + 14 : at + 19] == [
+    assert lines[at + 14 : at + 21] == [
         "completions whose reward failed: 1",
-        "held-out accuracy: 0.125 after 0 steps, 0.750 after 24 steps",
+        "held-out problems after so many steps (in brackets 95 % intervals):",
+        "  reward  0.125 after 0, 0.750 (0.500 to 1.000) after 24",
+        "  pass@4  0.900 after 24",
         "a step took 14.5 s (medians of 24): sample 12.5, log-probs 0.5, update 1.5",
         "completion tokens a second: 125; sampling alone 50, log-probs and update 25",
         "CPU time of a step 25.0 s; peak memory a rank 1.00 GiB",
     ]
-    assert lines[at + 20 :] == [
+    assert lines[at + 22 :] == [
         f"last rollouts: {run.path}/rollouts/step_000024.parquet, 4 completions",
         "  best: reward 2, advantage +1.00, 2 tokens, stop",
         "    prompt      question 2   (answer 42)",
@@ -86,6 +88,13 @@ def test_a_run_by_hand(run):
         "    prompt      question 2   (answer 42)",
         "    completion  no",
     ]
+
+
+def test_of_many_evaluations_the_first_and_the_last(run):
+    for step in range(10):
+        run.write_evaluation(step, {"reward": step / 10})
+    (line,) = (line for line in summary(run.path) if line.startswith("  reward  "))
+    assert line.removeprefix("  reward  ").split(", ") == [f"0.{step}00 after {step}" for step in (0, 5, 6, 7, 8, 9)]
 
 
 def test_no_step_yet(run):

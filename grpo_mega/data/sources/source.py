@@ -44,7 +44,7 @@ class Source:
 
 
 def sources_of(config: DataConfig) -> tuple[tuple[Source, ...], Source | None]:
-    """The training sources in the recipe's order, and the held-out source if it names one."""
+    """The training sources in the recipe's order (none where it only evaluates), and the held-out source if any."""
 
     def fields(key: str, prompt: str | None, answer: str | None) -> Fields:
         return Fields(prompt or config.prompt_field, answer or config.answer_field, key)
@@ -54,7 +54,7 @@ def sources_of(config: DataConfig) -> tuple[tuple[Source, ...], Source | None]:
         Source(entry, fields(f"data.sources.{i}", entry.prompt_field, entry.answer_field), entry.weight)
         for i, entry in enumerate(config.sources)
     ]
-    if not training:
+    if not training and config.trains:
         training.append(Source(config, fields("data", None, None)))
     if heldout is None:
         return tuple(training), None
