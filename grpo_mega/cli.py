@@ -1,4 +1,4 @@
-"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `sft`, `eval` and `reward` alike,
+"""The command line: `grpo-mega train RECIPE.yaml [--section.key value ...]`, `sft`, `reward` and `eval` alike;
 `report`, `selftest`, `convert`.
 
 Under torchrun (or anything that sets RANK and WORLD_SIZE) it is one rank; alone it starts its own ranks here.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from math import lcm
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo_mega.config import Recipe, load_recipe
 from grpo_mega.errors import ConfigError, GrpoMegaError
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; the exit code. A GrpoMegaError ends here, as its sentence on stderr."""
     parser, commands = _parser()
     options, overrides = parser.parse_known_args(arguments)
-    if options.command not in ("train", "sft", "eval", "reward") and overrides:
+    if options.command not in ("train", "sft", "reward", "eval") and overrides:
         commands[options.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         if options.command == "selftest":
@@ -75,7 +75,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     """The parser, and its commands' by name."""
     parser = argparse.ArgumentParser(prog="grpo-mega", description="GRPO on megatron-core.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    named = _add_recipe_commands(commands)
+    training = _add_training(commands)
     report = commands.add_parser(
         "report",
         help="summarise a run directory",
@@ -100,23 +100,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "and logits of both sides are compared; what differs is not published (exit code 1).",
     )
     _add_convert(convert)
-    return parser, named | {"report": report, "selftest": check, "convert": convert}
+    return parser, training | {"report": report, "selftest": check, "convert": convert}
 
 
-def _add_recipe_commands(commands: Any) -> dict[str, argparse.ArgumentParser]:
-    """The commands that take a recipe and overrides, by name."""
+def _add_training(commands: argparse._SubParsersAction) -> dict[str, argparse.ArgumentParser]:
+    """The commands that take a recipe and start ranks."""
     train = commands.add_parser(
         "train",
         help="train a policy by GRPO",
         description="Train a policy by GRPO. Any recipe key can be given as --section.key value.",
-        allow_abbrev=False,
-    )
-    sft = commands.add_parser(
-        "sft",
-        help="fine-tune a policy on demonstrations",
-        description="As train, with the preset sft: maximum likelihood on the data's demonstrations, which are what "
-        "data.completion_field holds, or the assistant's last message. Any recipe key can be given as --section.key "
-        "value.",
         allow_abbrev=False,
     )
     evaluation = commands.add_parser(
@@ -133,13 +125,21 @@ def _add_recipe_commands(commands: Any) -> dict[str, argparse.ArgumentParser]:
         "key can be given as --section.key value.",
         allow_abbrev=False,
     )
-    for command in (train, sft, evaluation, reward):
+    sft = commands.add_parser(
+        "sft",
+        help="fine-tune a policy on demonstrations",
+        description="As train, with the preset sft: maximum likelihood on the data's demonstrations, which are what "
+        "data.completion_field holds, or the assistant's last message. Any recipe key can be given as --section.key "
+        "value.",
+        allow_abbrev=False,
+    )
+    for command in (train, sft, reward, evaluation):
         command.add_argument("recipe", help="a YAML file")
         command.add_argument("--ranks", type=int, help="processes to start here (default: fill this machine)")
     evaluation.add_argument(
         "--output", metavar="DIR", help="where results go (default: run.directory/evaluations/NAME, the model folder's)"
     )
-    return {"train": train, "sft": sft, "eval": evaluation, "reward": reward}
+    return {"train": train, "sft": sft, "reward": reward, "eval": evaluation}
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -214,30 +214,6 @@ def reward_ranks_to_fill(recipe: RewardRecipe) -> int:
     return max(1, min(local_devices(), replica * recipe.batch.examples_per_step, replica * fit) // replica) * replica
 
 
-def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
-    recipe = load_recipe(options.recipe, overrides, implied="sft")
-    if recipe.sampling.source != "data":
-        raise ConfigError(
-            f"{options.recipe}: grpo-mega sft trains on demonstrations, and sampling.source={recipe.sampling.source} "
-            "does not; leave that key out, or use grpo-mega train"
-        )
-    return recipe
-
-
-def _train(recipe: Recipe, ranks: int | None, arguments: Sequence[str]) -> int:
-    def work() -> None:
-        from grpo_mega.trainer.main import train
-
-        train(recipe)
-
-    def check(count: int) -> None:
-        from grpo_mega.trainer.check import check_cheaply
-
-        check_cheaply(recipe, count)
-
-    return _on_ranks(work, check, lambda: ranks_to_fill(recipe) if ranks is None else ranks, arguments)
-
-
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str], arguments: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, overrides)
 
@@ -274,6 +250,30 @@ def _train_reward(path: str, overrides: Sequence[str], ranks: int | None, argume
         check_reward(recipe, count)
 
     return _on_ranks(work, check, lambda: reward_ranks_to_fill(recipe) if ranks is None else ranks, arguments)
+
+
+def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> Recipe:
+    recipe = load_recipe(options.recipe, overrides, implied="sft")
+    if recipe.sampling.source != "data":
+        raise ConfigError(
+            f"{options.recipe}: grpo-mega sft trains on demonstrations, and sampling.source={recipe.sampling.source} "
+            "does not; leave that key out, or use grpo-mega train"
+        )
+    return recipe
+
+
+def _train(recipe: Recipe, ranks: int | None, arguments: Sequence[str]) -> int:
+    def work() -> None:
+        from grpo_mega.trainer.main import train
+
+        train(recipe)
+
+    def check(count: int) -> None:
+        from grpo_mega.trainer.check import check_cheaply
+
+        check_cheaply(recipe, count)
+
+    return _on_ranks(work, check, lambda: ranks_to_fill(recipe) if ranks is None else ranks, arguments)
 
 
 def _on_ranks(

@@ -29,8 +29,8 @@ class Prompt:
     `index` is its position in the endless prompt stream (epochs included): with the seed and the completion's
     number it keys the sampling noise, so that no parallel layout can change a draw. `row` is the whole data row,
     handed to reward functions. `messages` is the conversation that `token_ids` render, {role, content} each, for who
-    reads it with another tokenizer; whole, where token_ids were cut on the left. `demonstration`
-    is what the row says the policy should write, where that is trained on.
+    reads it with another tokenizer; whole, where token_ids were cut on the left. `demonstration` is what the row says
+    the policy should write, where that is trained on.
     """
 
     index: int

@@ -58,7 +58,7 @@ def validate_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
 def load_as(
     schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), *, implied: str | None = None
 ) -> Schema:
-    """Read, override and validate a command's recipe. implied: a preset beside those that it names.
+    """Read, override and validate a command's recipe. implied: a preset that counts beside those that it names.
 
     overrides: ["--section.key", "value", "--section.key=value", ...]. A value is read as YAML (8, 1e-6, true, [1, 2]),
     except that a key which holds text takes it as it stands ("{prompt}" is YAML for a mapping); null unsets it.

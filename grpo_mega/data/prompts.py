@@ -79,8 +79,8 @@ class Renderer:
         if shown is not None and too_much:
             raise DataError(
                 f"{row['origin']}: the demonstration has {len(shown.token_ids)} tokens, the stop token among them, "
-                f"more than sampling.max_completion_tokens={self._completion}; remove the row, raise that limit, or "
-                "set data.overlong to skip"
+                f"more than {self.key}={self._completion}; remove the row, raise that limit, or set data.overlong to "
+                "skip"
             )
         prompt = Prompt(
             index=index,
@@ -88,8 +88,8 @@ class Renderer:
             token_ids=token_ids[-self.limit :],
             answer=row["answer"],
             row=row["fields"],
-            demonstration=shown,
             messages=tuple(messages),
+            demonstration=shown,
         )
         return prompt, overlong
 
@@ -180,7 +180,8 @@ def prompts_of(
 ) -> tuple[PromptStream, list[Prompt], DataCounts]:
     """The training stream, the held-out prompts, and the counts of both; every row is rendered, and so checked.
 
-    render_heldout: what renders held-out rows, by a length limit of their own and without demonstrations.
+    render_heldout: what renders held-out rows (which need no demonstrations, and may have a length limit of their
+    own); default: as training's.
     Held-out prompts have the indices -1, -2, ...: no training prompt draws the same sampling noise.
     Raises DataError when a source has over-long prompts only, and what `render` raises.
     """

@@ -48,7 +48,7 @@ class ChatTokenizer(Protocol):
         ...
 
     def conversation_ids(self, messages: Sequence[Message], answer: str) -> tuple[int, ...]:
-        """Token ids of a conversation that has been answered.
+        """Token ids of a conversation that has been answered, for reward models and demonstrations.
 
         With a chat template: its rendering of the messages and the answer as the assistant's. Without one: the text of
         a single user message and the answer directly behind it. Raises DataError as `prompt_ids`.

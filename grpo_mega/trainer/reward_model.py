@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo_mega.config import Recipe
+from grpo_mega.config import ParallelConfig, Recipe
 from grpo_mega.config.reward_model import RewardModelConfig
 from grpo_mega.data.conversations import Reader, Reading, samples_of, separator_token
 from grpo_mega.data.tokenizer import check_vocabulary, load_tokenizer
@@ -71,10 +71,10 @@ def check_conversations(judges: Mapping[str, Judge], prompts: Sequence[Prompt]) 
 
 
 def build_reward_models(
-    recipe: Recipe, judges: Mapping[str, Judge], mesh: Mesh, tick: Tick = silent
+    recipe: Recipe, judges: Mapping[str, Judge], mesh: Mesh, beside: ParallelConfig | None = None
 ) -> dict[str, RewardModel]:
-    """Load them beside a policy on `mesh`; every rank must call."""
-    return {name: RewardModel(judge, recipe, mesh) for name, judge in judges.items()}
+    """Load them beside a policy on `mesh`, whose layout is `beside` (default: training's); every rank must call."""
+    return {name: RewardModel(judge, recipe, mesh, beside or recipe.parallel) for name, judge in judges.items()}
 
 
 class RewardModel:
@@ -85,11 +85,11 @@ class RewardModel:
     reward model, which gives such a value for each step of the completion.
     """
 
-    def __init__(self, judge: Judge, recipe: Recipe, mesh: Mesh):
+    def __init__(self, judge: Judge, recipe: Recipe, mesh: Mesh, beside: ParallelConfig):
         """Every rank must call."""
-        config, arch, training = judge.config, judge.arch, recipe.parallel
-        layout = judging_layout(config, training, arch)
-        own = mesh if layout.sizes == training.sizes else another_layout(mesh, **layout.sizes)
+        config, arch = judge.config, judge.arch
+        layout = judging_layout(config, beside, arch)
+        own = mesh if layout.sizes == beside.sizes else another_layout(mesh, **layout.sizes)
         dtype = DTYPES[config.dtype or recipe.precision.dtype]
         with own.active():
             model = build_model(arch, own, layout, dtype=dtype, trainable=False)

@@ -92,15 +92,17 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
             raise DataError(f"{error}{aside}") from None
     tokenizer = load_tokenizer(recipe.model.path, recipe.model.tokenizer, recipe.data.chat_template)
     check_vocabulary(tokenizer, recipe.model.tokenizer or recipe.model.path, arch.vocab_size)
-    stops = stop_tokens(tokenizer, recipe.sampling) if demonstrated else None
-    render = Renderer(recipe.data, tokenizer, limit, arch.context_length, stops=stops)
+    render = Renderer(recipe.data, tokenizer, limit, arch.context_length)
+    if demonstrated:
+        stops = stop_tokens(tokenizer, recipe.sampling)
+        render = Renderer(recipe.data, tokenizer, limit, arch.context_length, stops=stops)
     directory = RunDirectory(recipe)
     directory.check()
     prompts, heldout, counts = prompts_of(
         corpus, render, seed=recipe.run.seed, render_heldout=heldout_renderer(recipe, tokenizer, arch)
     )
     judges = read_judges(recipe)
-    check_conversations(judges, [*([] if demonstrated else prompts.everything()), *heldout])
+    check_conversations(judges, [*prompts.everything(), *heldout])
     return Inputs(
         arch=arch,
         tokenizer=tokenizer,
@@ -114,17 +116,17 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
     )
 
 
-def stop_tokens(tokenizer: ChatTokenizer, rule: SamplingConfig) -> tuple[int, ...]:
-    """The tokens that end a completion."""
-    return (*tokenizer.stop_token_ids, *rule.stop_token_ids)
-
-
 def heldout_renderer(recipe: Recipe, tokenizer: ChatTokenizer, arch: Architecture) -> Renderer:
     """What puts held-out problems: beside completions of evaluation's own length, if it has one."""
     own = recipe.evaluation.max_completion_tokens is not None
     key = f"{'evaluation' if own else 'sampling'}.max_completion_tokens"
     limit = recipe.evaluation_sampling.max_completion_tokens
     return Renderer(recipe.data, tokenizer, limit, arch.context_length, key)
+
+
+def stop_tokens(tokenizer: ChatTokenizer, rule: SamplingConfig) -> tuple[int, ...]:
+    """The tokens that end a completion."""
+    return (*tokenizer.stop_token_ids, *rule.stop_token_ids)
 
 
 def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) -> Run:
@@ -152,7 +154,8 @@ def build_run(recipe: Recipe, inputs: Inputs, mesh: Mesh, progress: Progress) ->
     if recipe.sampling.source == "policy" or inputs.heldout:
         sampler_of = build_samplers(recipe, inputs, mesh, policy, progress)
         examiner = sampler_of(recipe.evaluation_sampling)
-        sampler = sampler_of(recipe.sampling) if recipe.sampling.source == "policy" else sampler
+        if recipe.sampling.source == "policy":
+            sampler = sampler_of(recipe.sampling)
     return Run(recipe, inputs, mesh, policy, reference, scoring, sampler, examiner, StepObjective(recipe), progress)
 
 

@@ -116,8 +116,7 @@ def build_examination(recipe: Recipe, inputs: Inputs, grid: mesh.Mesh, progress:
     truncation = Truncation.of(rule.top_k, rule.top_p)
     decoder = partial(Decoder, model, arch.vocab_size, grid, rule.temperature, progress.tick, truncation)
     sampler = sampler_on(decoder, grid, inputs.tokenizer, rule, recipe.run.seed)
-    # as far as a reward model is concerned, the run's layout is this one
-    models = build_reward_models(recipe.model_copy(update={"parallel": layout}), inputs.judges, grid, progress.tick)
+    models = build_reward_models(recipe, inputs.judges, grid, layout)
     scoring = Scoring(recipe.reward, inputs.reward, models, inputs.tokenizer.decode, grid, progress.tick)
     return Examination(recipe, inputs.prompts, scoring, sampler, grid)
 

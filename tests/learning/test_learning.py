@@ -1,4 +1,7 @@
-"""A tiny model learns by the real path, sharded either way; and not once the sign, the shift or the mask is broken."""
+"""A tiny model learns by the real path, sharded either way; and not once the sign, the shift or the mask is broken.
+
+By demonstrations, and by its own best completions, it learns the same task.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ LAYOUTS = {  # training's layout, and what reward_models says; two ranks
 def tree_of(policy, model, **sections):
     return {
         "model": {"path": str(policy)},
-        "data": {"jsonl": "unused"},
+        "data": {"jsonl": "unused", "heldout": 0},
         "reward": {"model": "judge"},
         "reward_models": {"judge": {"path": str(model)}},
         "sampling": {"max_completion_tokens": 9},

@@ -90,6 +90,13 @@ def test_a_run_by_hand(run):
     ]
 
 
+def test_of_many_evaluations_the_first_and_the_last(run):
+    for step in range(10):
+        run.write_heldout(step, {"reward": step / 10})
+    (line,) = (line for line in summary(run.path) if line.startswith("  reward  "))
+    assert line.removeprefix("  reward  ").split(", ") == [f"0.{step}00 after {step}" for step in (0, 5, 6, 7, 8, 9)]
+
+
 def test_a_run_on_demonstrations_by_hand(run):
     """Its curve is the loss; nothing was sampled, and nothing scored."""
     times = {key: value for key, value in timings(2.0).items() if key not in ("sampling_tokens_per_s", "sample_s")}
@@ -109,13 +116,6 @@ def test_a_run_on_demonstrations_by_hand(run):
         "  first: 2 tokens, stop",
         "  last: 2 tokens, stop",
     ]
-
-
-def test_of_many_evaluations_the_first_and_the_last(run):
-    for step in range(10):
-        run.write_heldout(step, {"reward": step / 10})
-    (line,) = (line for line in summary(run.path) if line.startswith("  reward  "))
-    assert line.removeprefix("  reward  ").split(", ") == [f"0.{step}00 after {step}" for step in (0, 5, 6, 7, 8, 9)]
 
 
 def test_no_step_yet(run):
