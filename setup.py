@@ -46,7 +46,7 @@ setup(
             "triton>=3",
         ],
         "mpi": ["mpi4py>=4"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", 'triton>=3; sys_platform == "linux"'],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", 'triton>=3; sys_platform == "linux"'],
         "dev": ["ruff", "mypy"],
     },
     entry_points={"console_scripts": ["grpo-mega = grpo_mega.cli:main"]},

@@ -71,7 +71,8 @@ def ranks(world_size: int, function: Callable, *args: Any, timeout: float = 60.0
         "args": pickle.dumps(args),  # bytes: they may name classes of that module, which is loaded first
         "path": sys.path,
     }
-    call = _Call(f"{function.__module__}.{function.__qualname__}", dict(enumerate(workers)), timeout)
+    patience = timeout * int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # who has a part of the cores is slower
+    call = _Call(f"{function.__module__}.{function.__qualname__}", dict(enumerate(workers)), patience)
     try:
         for worker, environment in zip(workers, environments, strict=True):
             worker.start({**request, "environment": environment})

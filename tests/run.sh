@@ -5,4 +5,5 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 python tools/fetch_smollm2.py models/SmolLM2-135M-Instruct
-exec python -m pytest tests -q --timeout=300 "$@"
+# two at a time, on cores of their own: most tests are one process, and ranks wait for each other half of their time
+exec python -m pytest tests -q -n 2 --dist loadfile --timeout=600 "$@"
