@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 
@@ -51,7 +52,8 @@ def compare(path: str, overrides: list[str]) -> None:
         for name in ("fp32", "bf16")
     }
     prompts = inputs.prompts.next(min(PROMPTS, recipe.batch.prompts_per_step))
-    sampler = build_samplers(recipe, inputs, grid, models["fp32"], progress_on(speaks=False))(recipe.sampling)
+    frozen = SimpleNamespace(model=models["fp32"], settled=lambda: models["fp32"])  # a policy, as far as samplers know
+    sampler = build_samplers(recipe, inputs, grid, frozen, progress_on(speaks=False))(recipe.sampling)
     groups = sampler.sample(prompts, range(len(prompts)), recipe.grpo.group_size, 0)
     samples = [
         Sample(
@@ -63,7 +65,7 @@ def compare(path: str, overrides: list[str]) -> None:
         for n, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
         for i, completion in enumerate(group)
     ]  # fmt: skip
-    batches = equalize(samples, 1, recipe.batch.tokens_per_microbatch, 1, grid, torch.float32)
+    batches = equalize(samples, 1, recipe.batch.tokens_per_microbatch, grid, torch.float32)
     found, seconds = {}, {}
     for name, model in models.items():
         scorer = Scorer(TokenHead(model, inputs.arch.vocab_size, grid, recipe.sampling.temperature))

@@ -29,6 +29,7 @@ from typing import Any
 WINDOW = 10  # steps at the end whose mean is a run's final score
 METHODS: dict[str, dict[str, Any]] = {  # name -> what the recipe says of it
     "grpo": {"preset": "grpo"},
+    "grpo without KL": {"preset": "grpo", "grpo": {"kl_coef": 0.0}},
     "dr_grpo": {"preset": "dr_grpo"},
     "dapo": {"preset": "dapo"},
     "gspo": {"preset": "gspo"},

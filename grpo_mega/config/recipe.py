@@ -184,6 +184,11 @@ class Recipe(Section):
         if self.data.heldout:
             self.evaluation.correct_part(self.reward)  # raises where the recipe does not decide it
         else:
+            if self.run.evaluate_every:
+                raise ValueError(
+                    f"run.evaluate_every={self.run.evaluate_every} would never be used with data.heldout=0; hold "
+                    "problems out, or leave it out"
+                )
             for key, value in self.evaluation.model_dump(exclude_defaults=True).items():
                 raise ValueError(
                     f"evaluation.{key}={value} would never be used with data.heldout=0; hold problems out, or leave it "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from grpo_mega.errors import CheckpointError
+from grpo_mega.errors import CheckpointError, RunDirectoryError
 from grpo_mega.model import bridge
-from grpo_mega.trainer.records import write_together, writing
+from grpo_mega.trainer.records import raise_together, write_together, writing
 from grpo_mega.trainer.setup import Run
 
 
@@ -16,7 +16,7 @@ def refresh_reference(run: Run, step: int) -> None:
 
     The policy is written as a Hugging Face folder, run.directory/references/step_N, and read from there, by whatever
     layout the reference has: a run that resumes in the middle of an iteration reads the same one. The first iteration's
-    reference is the recipe's. Every rank must call.
+    reference is the recipe's. Every rank must call. Raises RunDirectoryError, on every rank, if it cannot be written.
     """
     every = run.recipe.reference.refresh_every
     if run.reference is None or not every or step % every or step == 0:
@@ -29,7 +29,12 @@ def refresh_reference(run: Run, step: int) -> None:
                 shutil.rmtree(folder, ignore_errors=True)  # of a run that was ended here
 
         write_together(run.mesh, clear)
-        bridge.export(run.policy.settled(), inputs.arch, run.mesh, inputs.layers, folder)
+        failure = None
+        try:
+            bridge.export(run.policy.settled(), inputs.arch, run.mesh, inputs.layers, folder)
+        except RunDirectoryError as error:  # the writer's alone
+            failure = error
+        raise_together(run.mesh, failure)
         write_together(run.mesh, lambda: _forget(run, step))
         run.reference.load(folder, run.progress.tick)
 

@@ -70,6 +70,10 @@ def test_presets_that_cannot_be():
         ),
         ({"grpo": {"old_logprobs": "sampler", "correction": "mask"}}, "grpo.correction=mask weighs what lies between"),
         ({"grpo": {"kl_estimator": "k1"}}, "grpo.kl_estimator=k1 in the loss penalises nothing"),
+        (
+            {"data": {"jsonl": "d", "heldout": 0}, "run": {"directory": "r", "evaluate_every": 2}},
+            "run.evaluate_every=2 would never be used with data.heldout=0",
+        ),
         ({"reference": {"enabled": False}}, "grpo.kl_coef=0.04 needs the reference that reference.enabled=false turns"),
         (
             {"grpo": {"kl_coef": 0.0}, "reference": {"refresh_every": 3}},
