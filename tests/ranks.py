@@ -19,6 +19,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import itertools
 import os
 import pickle
 import signal
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -246,10 +247,23 @@ def _workers(count: int) -> list[_Worker]:
     return _pool[:count]
 
 
+@functools.cache
+def _ports() -> Iterator[int]:
+    """Free ports below those that the kernel gives away, a stretch of them for each of pytest-xdist's workers.
+
+    A port that was free a moment ago is another process' by the time a rank listens on it, if both may draw it: ranks
+    of two calls then meet in one store.
+    """
+    first = 12_000 + 5_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 20_000
+    offset = os.getpid() % 4_000  # another session on this machine
+    return (first + (offset + n) % 5_000 for n in itertools.count())
+
+
 def _environments(world_size: int) -> list[dict[str, str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    for port in _ports():
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            break
     same = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{k: str(v) for k, v in {**same, "RANK": r, "LOCAL_RANK": r}.items()} for r in range(world_size)]
 

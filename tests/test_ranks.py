@@ -128,7 +128,8 @@ def test_a_function_that_workers_cannot_import_is_refused(ranks):
         ranks(1, lambda: None)
 
 
-def test_timeout_shows_where_every_rank_is(own_pool):
+def test_timeout_shows_where_every_rank_is(own_pool, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER_COUNT", raising=False)  # by which timeouts are longer
     before = own_pool(2, process_id)
     with pytest.raises(RankError, match=r"no answer from rank 1 of 2 in .*wait_on_rank_1 after 1\.\d s") as caught:
         own_pool(2, wait_on_rank_1, timeout=1)

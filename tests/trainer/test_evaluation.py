@@ -11,6 +11,8 @@ import tiny
 
 from grpo_mega.config import validate_recipe
 from grpo_mega.trainer.evaluation import Examination, examine
+from grpo_mega.trainer.policy import silent
+from grpo_mega.trainer.scoring import Scoring
 from grpo_mega.trainer.standalone import read_inputs, result_of, table
 from grpo_mega.types import Completion
 
@@ -66,9 +68,8 @@ def examined(model, tmp_path):
         )  # fmt: skip
         inputs = read_inputs(recipe, 1)
         canned = Canned(texts(inputs.prompts) if callable(texts) else texts)
-        return recipe, examine(
-            Examination(recipe, inputs.prompts, inputs.reward, inputs.tokenizer.decode, canned, MESH), inputs.step
-        )
+        scoring = Scoring(recipe.reward, inputs.reward, {}, inputs.tokenizer.decode, MESH, silent)
+        return recipe, examine(Examination(recipe, inputs.prompts, scoring, canned, MESH), inputs.step)
 
     return examined
 
