@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {  # name -> what the recipe says of it
     "gspo": {"preset": "gspo"},
     "gspo, clip 0.2": {"preset": "gspo", "grpo": {"clip_low": 0.2, "clip_high": 0.2}},
     "cispo": {"preset": "cispo"},
-    "rloo": {"preset": "rloo"},
+    "rloo": {"preset": "rloo", "grpo": {"surrogate": "clip"}},  # the preset's log-prob is for one update a step
     "process supervision": {
         "preset": "grpo", "reward": {"function": "learning_curves:per_byte", "steps": {"every_tokens": 1}},
     },

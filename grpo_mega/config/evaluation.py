@@ -59,6 +59,11 @@ class EvaluationConfig(Section):
             raise ValueError(
                 f"evaluation.correct={self.correct!r} is no part of the reward{nearest(self.correct, parts)}"
             )
+        if self.correct is not None and parts[self.correct].function in (None, "length", "soft_overlong"):
+            raise ValueError(
+                f"evaluation.correct={self.correct!r} names a part whose value says how good or long a completion is, "
+                "not whether it is right; name one that gives 1 to what is right, or leave it out"
+            )
         name = self.correct or _decisive(parts)
         if name is None and self.pass_at is None and not self.maj_at:
             return None

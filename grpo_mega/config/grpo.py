@@ -22,8 +22,9 @@ class GrpoConfig(Section):
     advantage: Literal[
         "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "best_of_n"
     ] = "grpo"
-    best: Positive | None = None  # of best_of_n: how many of a group are trained on; default: 1
-    best_above: float | None = None  # of best_of_n: and only with a reward above this
+    # of best_of_n: how many of a group are imitated (default: 1, or all above best_above), and above which reward
+    best: Positive | None = None
+    best_above: float | None = None
     # objective/surrogate
     ratio: Literal["token", "sequence", "sequence_token"] = "token"
     surrogate: Literal["clip", "cispo", "sapo", "logprob"] = "clip"
@@ -75,6 +76,12 @@ class GrpoConfig(Section):
                 "grpo.kl_estimator=k1 in the loss penalises nothing: its gradient is zero in expectation; set "
                 "grpo.kl_in=reward, or grpo.kl_unbiased=true, or use k2 or k3"
             )
+        if self.kl_in == "reward" and self.advantage in ("grpo", "best_of_n"):
+            raise ValueError(
+                f"grpo.kl_in=reward with grpo.advantage={self.advantage}: in a group of equal rewards the penalties' "
+                "differences, however small, would be all that is left to compare; use dr_grpo, rloo or "
+                "reinforce_plus_plus (with baseline), or grpo.kl_in=loss"
+            )
         if self.best is not None and self.best > self.group_size:
             raise ValueError(
                 f"grpo.best={self.best} exceeds grpo.group_size={self.group_size}; train on at most the whole group"
@@ -83,6 +90,11 @@ class GrpoConfig(Section):
             raise ValueError(
                 f"grpo.correction_low={self.correction_low} is not below grpo.correction_high={self.correction_high}: "
                 "every token would be masked; lower it"
+            )
+        if self.max_resamples and self.advantage in ("reinforce_plus_plus", "best_of_n"):
+            raise ValueError(
+                f"grpo.max_resamples={self.max_resamples} replaces groups of equal rewards, and under grpo.advantage="
+                f"{self.advantage} they teach; set grpo.max_resamples=0"
             )
         if self.max_resamples and self.group_size < 2:
             raise ValueError(
@@ -94,7 +106,8 @@ class GrpoConfig(Section):
     @property
     def needs_old(self) -> bool:
         """Whether a term of the loss compares with the log-probs of the step's first policy."""
-        return self.surrogate != "logprob" or self.correction != "none" or self.kl_unbiased
+        in_reward = self.kl_coef > 0 and self.kl_in == "reward"
+        return self.surrogate != "logprob" or self.correction != "none" or self.kl_unbiased or in_reward
 
     def _unused(self) -> None:
         """Raise ValueError for a key that the others leave without effect."""
@@ -103,14 +116,15 @@ class GrpoConfig(Section):
             "best_above": (self.advantage == "best_of_n", "grpo.advantage=best_of_n"),
             "clip_low": (self.surrogate in ("clip", "cispo"), "grpo.surrogate=clip or cispo"),
             "clip_high": (self.surrogate in ("clip", "cispo"), "grpo.surrogate=clip or cispo"),
-            "dual_clip": (self.surrogate == "clip", "grpo.surrogate=clip"),
+            "dual_clip": (self.surrogate == "clip" and self.advantage != "best_of_n", "clip and negative advantages"),
+            "off_policy_threshold": (self.advantage != "best_of_n", "negative advantages, which best_of_n has none of"),
             "sapo_tau_positive": (self.surrogate == "sapo", "grpo.surrogate=sapo"),
             "sapo_tau_negative": (self.surrogate == "sapo", "grpo.surrogate=sapo"),
             "ratio": (self.surrogate != "logprob", "a grpo.surrogate that has one (clip, cispo or sapo)"),
             "kl_estimator": (self.kl_coef > 0, "grpo.kl_coef above 0"),
             "kl_in": (self.kl_coef > 0, "grpo.kl_coef above 0"),
             "kl_unbiased": (self.kl_coef > 0 and self.kl_in == "loss", "a KL term in the loss"),
-            "old_logprobs": (self.needs_old or self.kl_in == "reward", "a term that compares with old log-probs"),
+            "old_logprobs": (self.needs_old, "a term that compares with old log-probs"),
             "entropy_delta": (self.entropy_target is not None, "grpo.entropy_target"),
             "correction_level": (self.correction != "none", "grpo.correction=truncate or mask"),
             "correction_low": (self.correction == "mask", "grpo.correction=mask"),

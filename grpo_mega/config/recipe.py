@@ -154,7 +154,7 @@ class Recipe(Section):
         if self.grpo.group_size > self.sampling.max_rows:
             raise ValueError(
                 f"grpo.group_size={self.grpo.group_size} exceeds sampling.max_rows={self.sampling.max_rows}, the rows "
-                "decoded together; raise max_rows, since a group is sampled as one"
+                "decoded together; raise max_rows, so that a group's prompt is read once"
             )
         if self.grpo.kl_coef > 0 and not self.reference.enabled:
             raise ValueError(
@@ -176,6 +176,11 @@ class Recipe(Section):
             raise ValueError(
                 "moe.routing_replay=true would never be used with grpo.num_iterations=1 and batch.minibatches=1, where "
                 "the one update is by the policy that sampled; leave it out, or update more than once a step"
+            )
+        if self.moe.routing_replay and self.grpo.old_logprobs != "policy":
+            raise ValueError(
+                f"moe.routing_replay=true replays the pass for the old log-probs, and grpo.old_logprobs="
+                f"{self.grpo.old_logprobs} makes none; use grpo.old_logprobs=policy"
             )
         self._check_old_logprobs()
         self._check_steps()
@@ -204,6 +209,18 @@ class Recipe(Section):
                 f"grpo.num_iterations={grpo.num_iterations} x batch.minibatches={self.batch.minibatches} updates a "
                 "step need the log-probs of the policy that the step began with, and grpo.old_logprobs=none computes "
                 "none; use policy (or sampler), or one update a step"
+            )
+        if grpo.surrogate == "logprob" and grpo.advantage != "best_of_n" and updates > 1:
+            raise ValueError(
+                f"grpo.surrogate=logprob compares with no old log-probs, and of grpo.num_iterations="
+                f"{grpo.num_iterations} x batch.minibatches={self.batch.minibatches} updates a step only the first is "
+                "by the policy that sampled; use grpo.surrogate=clip, or one update a step"
+            )
+        if grpo.kl_in == "reward" and grpo.advantage != "reinforce_plus_plus" and self.reward.truncated == "mask":
+            raise ValueError(
+                "reward.truncated=mask with grpo.kl_in=reward: completions that do not count have no penalty, and "
+                f"would raise what grpo.advantage={grpo.advantage} compares the others with; use penalize or reward, "
+                "or kl_in=loss"
             )
         if grpo.old_logprobs == "sampler" and grpo.correction != "none":
             raise ValueError(

@@ -23,7 +23,8 @@ def with_advantages(groups: Sequence[Group], grpo: GrpoConfig, penalties: Penalt
     groups: all of the step's, in its global order, so that rollout i of group k has order k * G + i. penalties: of a KL
     term in the reward; one that is not there is 0. Outcome rewards become r_i - kl_coef * sum_t KL_t before anything is
     normalised; under reinforce_plus_plus token t's return is r_i - kl_coef * sum_{s >= t} KL_s. Rollouts with steps are
-    under process supervision. Raises RewardError for rewards that are not finite.
+    under process supervision; under best_of_n those that were not chosen do not count. Raises RewardError for rewards
+    that are not finite.
     """
     if not groups:
         return []
@@ -33,6 +34,9 @@ def with_advantages(groups: Sequence[Group], grpo: GrpoConfig, penalties: Penalt
         return _over_batch(groups, grpo, penalties)
     result = []
     for k, group in enumerate(groups):
+        if grpo.advantage == "best_of_n":
+            result.append(_imitated(group, grpo))
+            continue
         if any(rollout.steps for rollout in group.rollouts):
             values: Sequence[float | tuple[float, ...]] = _process(group.rollouts, grpo)
         else:
@@ -51,8 +55,6 @@ def _outcome(rewards: Tensor, grpo: GrpoConfig) -> Tensor:
             return of.centred_advantages(rewards)
         case "rloo":
             return of.leave_one_out_advantages(rewards)
-        case "best_of_n":
-            return of.best_of_n(rewards, grpo.best or 1, grpo.best_above)
         case _:
             return of.group_advantages(rewards)
 
@@ -68,7 +70,12 @@ def _process(rollouts: Sequence[Rollout], grpo: GrpoConfig) -> list[tuple[float,
 
 
 def _over_batch(groups: Sequence[Group], grpo: GrpoConfig, penalties: Penalties) -> list[Group]:
-    """REINFORCE++ and its baseline: returns of all tokens of the step that count, normalised together."""
+    """REINFORCE++ and its baseline: returns of all tokens of the step that count, normalised together.
+
+    Without a group's mean a failed reward's 0 is no baseline's neighbour but a verdict: such completions do not count.
+    """
+    if grpo.advantage == "reinforce_plus_plus":
+        groups = [replace(group, rollouts=tuple(map(_unless_failed, group.rollouts))) for group in groups]
     returns, weights = [], []
     for k, group in enumerate(groups):
         own = [penalties.get(k * len(group.rollouts) + i) for i in range(len(group.rollouts))]
@@ -93,6 +100,24 @@ def _over_batch(groups: Sequence[Group], grpo: GrpoConfig, penalties: Penalties)
     normalised = of.batch_normalised(torch.cat(returns), torch.cat(weights)).split([len(part) for part in returns])
     values = iter(part.item() if len(part) == 1 else tuple(part.tolist()) for part in normalised)
     return [_attached(group, [next(values) for _ in group.rollouts]) for group in groups]
+
+
+def _unless_failed(one: Rollout) -> Rollout:
+    return replace(one, counts=one.counts and one.error is None)
+
+
+def _imitated(group: Group, grpo: GrpoConfig) -> Group:
+    """The best get 1, and only they count: the mean is over their tokens. One whose reward failed is not known to be
+    good, and one that does not count is no choice."""
+    choice = [i for i, one in enumerate(group.rollouts) if one.counts and one.error is None]
+    values = [0.0] * len(group.rollouts)
+    if choice:
+        rewards = torch.tensor([group.rollouts[i].reward for i in choice], dtype=torch.float64)
+        best = grpo.best or (1 if grpo.best_above is None else len(choice))
+        for i, value in zip(choice, of.best_of_n(rewards, best, grpo.best_above).tolist(), strict=True):
+            values[i] = value
+    rollouts = (replace(one, counts=one.advantage == 1.0) for one in _attached(group, values).rollouts)
+    return replace(group, rollouts=tuple(rollouts))
 
 
 def _attached(group: Group, values: Sequence[float | tuple[float, ...]]) -> Group:

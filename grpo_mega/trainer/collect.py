@@ -24,17 +24,19 @@ class Collected:
 def collect(run: Run, step: int) -> Collected:
     """Sample and score the step's groups, the same answer on every rank; rollouts are on disk when this returns.
 
-    DAPO's dynamic sampling (arXiv:2503.14476, section 3.2) under grpo.max_resamples: groups of equal rewards make room
-    for those of further prompts, a round of batch.prompts_per_step at a time. Diff from the paper: the rounds are
-    bounded; where the bound is met, the first of the equal groups fill the step up (and teach nothing), so that a
-    minibatch never shrinks. Groups beyond the step's size are dropped, the latest prompts' first.
+    DAPO's dynamic sampling (arXiv:2503.14476, section 3.2) under grpo.max_resamples: groups of equal rewards (and those
+    of which nothing counts) make room for those of further prompts, a round of batch.prompts_per_step at a time. Diff
+    from the paper: the rounds are bounded; where the bound is met, the first of these groups fill the step up (and
+    teach nothing), so that a minibatch never shrinks. Groups beyond the step's size are dropped, the latest prompts'
+    first.
     """
     recipe = run.recipe
     wanted, rounds = recipe.batch.prompts_per_step, 1 + recipe.grpo.max_resamples
     useful, spare = list[Group](), list[Group]()
     for _ in range(rounds):
         for group in _round(run, step, wanted):
-            (spare if rounds > 1 and is_degenerate_group(group) else useful).append(group)
+            teaches = not is_degenerate_group(group) and any(rollout.counts for rollout in group.rollouts)
+            (useful if teaches or rounds == 1 else spare).append(group)
         if len(useful) >= wanted:  # the same on every rank, since all of them have all groups
             break
     trained = _ordered([*useful, *spare][:wanted])

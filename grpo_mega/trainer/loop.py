@@ -65,11 +65,11 @@ def logprobs_of(run: Run, batches: Sequence[Microbatch], *, on_policy: bool) -> 
 
     on_policy: the step's one update is by the policy that it begins with.
     """
-    grpo, nothing = run.recipe.grpo, [None] * len(batches)
+    recipe, grpo, nothing = run.recipe, run.recipe.grpo, [None] * len(batches)
     old: Sequence[Tensor | None] = nothing
     if grpo.old_logprobs == "sampler":
         old = [batch.sampler_logprobs for batch in batches]
-    elif grpo.old_logprobs == "policy" and not on_policy and (grpo.needs_old or run.recipe.moe.routing_replay):
+    elif grpo.old_logprobs == "policy" and not on_policy and (grpo.needs_old or recipe.moe.routing_replay):
         old = run.policy.logprobs(batches, run.progress.tick)
     ref = nothing if run.reference is None else run.reference.logprobs(batches, run.progress.tick)
     return with_logprobs(batches, old, ref)
@@ -98,13 +98,15 @@ def record_step(run: Run, step: int, groups: Collected, metrics: Metrics, work: 
     values = {key: total[key].value() for key in sorted(total)}
     cost = StepCost(progress.seconds.get("sample", 0.0), progress.cpu_seconds(), peak_memory_bytes(mesh.device), work)
     costs, tokens = collectives.gather_objects(cost, mesh.world.group), int(of_groups["completion_tokens"].total)
-    timings = step_timings(progress.seconds, progress.step_seconds(), costs, tokens)
+    trained = sum(len(one.completion.token_ids) for group in groups.trained for one in group.rollouts)
+    timings = step_timings(progress.seconds, progress.step_seconds(), costs, tokens, trained)
     values = {"lr": run.policy.learning_rate, **values}
     if run.recipe.grpo.max_resamples:
         values["resampled_groups"] = len(groups.sampled) - len(groups.trained)
     if run.objective.entropy_coef is not None:
         values["entropy_coef"] = run.objective.entropy_coef
-        run.objective.observe(values["entropy"])
+        if values["entropy"] == values["entropy"]:  # nan: no token was trained
+            run.objective.observe(values["entropy"])
     write_together(mesh, lambda: run.inputs.directory.write_step(step + 1, values, timings))
     progress.end_step(values, timings)
 

@@ -222,14 +222,14 @@ def raise_together(mesh: Mesh, failure: GrpoMegaError | None) -> None:
 
 
 def step_timings(
-    seconds: Mapping[str, float], step_seconds: float, costs: Sequence[StepCost], tokens: int
+    seconds: Mapping[str, float], step_seconds: float, costs: Sequence[StepCost], tokens: int, trained: int
 ) -> dict[str, float]:
     """A step's line of timings.jsonl from the writing rank's stopwatch and what the step cost on every rank.
 
     Rates are completion tokens of all ranks a second: of the slowest rank's sampling (none where nothing is sampled);
-    of log-probs and update together; of the whole step. cpu_s is the CPU time of all ranks; evaluations and checkpoints
-    are in none of them. What the imbalances compare is in `data/balance`; every rank of a replica has the same work, so
-    they count alike.
+    of log-probs and update together (of the `trained` tokens); of the whole step. cpu_s is the CPU time of all ranks;
+    evaluations and checkpoints are in none of them. What the imbalances compare is in `data/balance`; every rank of a
+    replica has the same work, so they count alike.
     """
     training = seconds["log-probs"] + seconds["update"]
     by_rank, by_microbatch = imbalance([cost.work for cost in costs])
@@ -241,7 +241,7 @@ def step_timings(
         "completion_tokens": tokens,
         "tokens_per_s": round(tokens / step_seconds, 1),
         **({"sampling_tokens_per_s": round(tokens / sampling, 1)} if sampling else {}),
-        "training_tokens_per_s": round(tokens / training, 1),
+        "training_tokens_per_s": round(trained / training, 1),
         "rank_imbalance": round(by_rank, 4),
         "microbatch_imbalance": round(by_microbatch, 4),
         "peak_memory_bytes_a_rank": max(cost.peak_memory_bytes for cost in costs),

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 from grpo_mega.config.recipe import OptimizerConfig
 from grpo_mega.config.reward_model import ContinualConfig
 from grpo_mega.data.conversations import Reader, Reading
 from grpo_mega.data.mixture import shuffled
-from grpo_mega.errors import CheckpointError, DataError, RewardError, RunDirectoryError
+from grpo_mega.errors import CheckpointError, DataError, GrpoMegaError, RewardError, RunDirectoryError
 from grpo_mega.model import bridge
 from grpo_mega.model.build import build_model
 from grpo_mega.model.families import read_scored
@@ -99,10 +100,10 @@ def _iteration(step: int, every: int) -> int:
 
 def _judged(run: Run, rule: ContinualConfig, step: int) -> tuple[list[Judged], list[Judged]]:
     """(the last iteration's completions, the replayed ones), on every rank as the writing one reads them."""
-    found = failure = None
+    found, folder = None, run.inputs.directory.path / "rollouts"
+    failure: GrpoMegaError | None = None
     if run.mesh.is_writer:
         try:
-            folder = run.inputs.directory.path / "rollouts"
             new = [row for n in range(step - rule.every, step) for row in _rows(folder, n + 1, rule.labels)]
             before = [(n, k) for n in range(step - rule.every) for k in range(_count(folder, n + 1))]
             wanted = min(len(before), round(len(new) * rule.replay / (1 - rule.replay)))
@@ -110,6 +111,11 @@ def _judged(run: Run, rule: ContinualConfig, step: int) -> tuple[list[Judged], l
             found = new, _chosen(folder, [before[i] for i in chosen], rule.labels)
         except RewardError as error:
             failure = error
+        except (OSError, pa.ArrowException) as error:
+            failure = CheckpointError(
+                f"{folder}, which reward models learn from, cannot be read ({' '.join(str(error).split())[:200]}); "
+                "restore its files, or leave reward_models.*.train out"
+            )
     raise_together(run.mesh, failure)
     return collectives.broadcast_object(found, run.mesh.world.group)
 

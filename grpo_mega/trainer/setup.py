@@ -102,7 +102,7 @@ def read_inputs(recipe: Recipe, world_size: int) -> Inputs:
         corpus, render, seed=recipe.run.seed, render_heldout=heldout_renderer(recipe, tokenizer, arch)
     )
     judges = read_judges(recipe)
-    check_conversations(judges, [*prompts.everything(), *heldout])
+    check_conversations(judges, [*([] if demonstrated else prompts.everything()), *heldout])
     return Inputs(
         arch=arch,
         tokenizer=tokenizer,

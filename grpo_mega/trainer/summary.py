@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_mega.config import Recipe, load_recipe
+from grpo_mega.config.loading import load_as
+from grpo_mega.config.reward_training import RewardRecipe
 from grpo_mega.errors import ConfigError
 from grpo_mega.trainer.lines import bracketed, one_line, read_lines
 from grpo_mega.trainer.live import sparkline
@@ -96,13 +98,20 @@ def costs(timings: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _recipe(directory: Path) -> Recipe:
+def _recipe(directory: Path) -> Recipe | RewardRecipe:
     if not directory.is_dir():
         found = "is a file" if directory.exists() else "does not exist"
         raise ConfigError(f"{directory} {found}; give a run directory (run.directory of its recipe)")
     if not (directory / "recipe.yaml").is_file():
         raise ConfigError(f"{directory} is no run directory: it holds no recipe.yaml; give run.directory of a recipe")
-    return load_recipe(directory / "recipe.yaml")
+    try:
+        return load_recipe(directory / "recipe.yaml")
+    except ConfigError:
+        try:
+            return load_as(RewardRecipe, directory / "recipe.yaml")
+        except ConfigError:
+            pass
+        raise
 
 
 def _curve(metrics: Sequence[Mapping[str, Any]]) -> Table:

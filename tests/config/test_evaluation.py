@@ -50,9 +50,9 @@ def test_its_own_way_of_sampling():
 def test_which_part_decides(parts, wanted):
     found = recipe(reward={"parts": parts})
     assert found.evaluation.correct_part(found.reward) == wanted
-    other = next(name for name in parts if name != wanted)
-    named = recipe({"correct": other}, {"parts": parts})
-    assert named.evaluation.correct_part(named.reward) == other
+    for other in parts.keys() - {wanted, "short"}:
+        named = recipe({"correct": other}, {"parts": parts})
+        assert named.evaluation.correct_part(named.reward) == other
 
 
 def test_where_nothing_asks_nothing_decides():
@@ -77,6 +77,8 @@ def test_where_nothing_asks_nothing_decides():
         ({"temperature": -1}, {}, "evaluation.temperature=-1 should be greater than or equal to 0"),
         ({"correct": "rigth"}, {"parts": {"right": MATHS}},
          "evaluation.correct='rigth' is no part of the reward; did you mean 'right'?"),
+        ({"correct": "short"}, {"parts": {"right": MATHS, "short": SHORT}},
+         "evaluation.correct='short' names a part whose value says how good or long a completion is, not whether "),
         ({"pass_at": [1]}, {"parts": {"one": OWN, "two": OTHER}},
          "evaluation.pass_at=[1] asks which completions are correct, and the reward (one, two) does not say it: no "
          "part compares with the answer; name in evaluation.correct the part whose value of 1 means correct, or set "

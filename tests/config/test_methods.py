@@ -98,7 +98,19 @@ def test_presets_that_cannot_be():
             {"reward": {"function": "my:f", "steps": {}}, "grpo": {"ratio": "sequence"}},
             "grpo.ratio=sequence is for one",
         ),
-        ({"reward": {"function": "my:f", "steps": {}}, "grpo": {"kl_in": "reward"}}, "grpo.kl_in=reward is for one"),
+        (
+            {"reward": {"function": "my:f", "steps": {}}, "grpo": {"kl_in": "reward", "advantage": "dr_grpo"}},
+            "grpo.kl_in=reward is for one",
+        ),
+        ({"grpo": {"kl_in": "reward"}}, "grpo.kl_in=reward with grpo.advantage=grpo: in a group of equal rewards"),
+        ({"preset": "rloo", "grpo": {"num_iterations": 2}}, "grpo.surrogate=logprob compares with no old log-probs"),
+        ({"preset": "rloo", "reward": {"truncated": "mask"}}, "reward.truncated=mask with grpo.kl_in=reward"),
+        ({"grpo": {"max_resamples": 2, "advantage": "best_of_n", "kl_coef": 0.0}}, "grpo.max_resamples=2 replaces"),
+        ({"preset": "rft", "grpo": {"off_policy_threshold": 0.1}}, "grpo.off_policy_threshold=0.1 would never be used"),
+        (
+            {"moe": {"routing_replay": True}, "grpo": {"num_iterations": 2, "old_logprobs": "sampler"}},
+            "moe.routing_replay=true replays the pass for the old log-probs",
+        ),
     ],
 )
 def test_contradictions(sections, sentence):

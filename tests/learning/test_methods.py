@@ -20,7 +20,8 @@ METHODS = {
     "gspo": {"preset": "gspo", "grpo": {"clip_low": 0.2, "clip_high": 0.2}},
     "cispo": {"preset": "cispo"},
     "sapo": {"preset": "sapo"},
-    "rloo": {"preset": "rloo"},  # with a KL penalty in the reward
+    # with a KL penalty in the reward; its own surrogate is for one update a step
+    "rloo": {"preset": "rloo", "grpo": {"surrogate": "clip"}},
     "reinforce_plus_plus": {"preset": "reinforce_plus_plus"},  # in the return of each token
     "process supervision": {"reward": {"function": "two_kinds:each_byte", "steps": {"every_tokens": 1}}},
 }

@@ -197,7 +197,7 @@ def test_curves_show_no_step_twice(tmp_path):
 def test_a_steps_costs_by_hand():
     seconds = {"sample": 2.0, "reward": 0.5, "gather": 1.5, "log-probs": 1.0, "update": 3.0}
     costs = [StepCost(2.0, 7.0, 1 << 30, [[30.0, 10.0]]), StepCost(2.5, 6.5, 3 << 30, [[20.0, 0.0]])]
-    assert step_timings(seconds, 8.0, costs, 1000) == {
+    assert step_timings(seconds, 8.0, costs, 1000, 1000) == {
         **{f"{name}_s": spent for name, spent in seconds.items()},
         "step_s": 8.0,
         "cpu_s": 13.5,
