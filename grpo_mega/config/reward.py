@@ -151,7 +151,12 @@ class RewardConfig(Section):
         return tree
 
     @model_validator(mode="after")
-    def _steps(self) -> RewardConfig:
+    def _consistent(self) -> RewardConfig:
+        if self.truncation_reward and self.truncated != "penalize":
+            raise ValueError(
+                f"reward.truncation_reward={self.truncation_reward} would never be paid with reward.truncated="
+                f"{self.truncated}; set reward.truncated=penalize, or leave it out"
+            )
         scoring = [name for name, part in self.all_parts.items() if part.per_step]
         if scoring and self.steps is None:
             raise ValueError(

@@ -10,7 +10,7 @@ from grpo_mega.data.advantages import with_advantages
 from grpo_mega.parallel import collectives
 from grpo_mega.trainer.records import is_degenerate_group, write_together
 from grpo_mega.trainer.setup import Run
-from grpo_mega.types import Completion, Group, Prompt, Rollout
+from grpo_mega.types import Group, Rollout
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,10 @@ def _round(run: Run, step: int, count: int) -> list[Group]:
         with progress.phase("sample"):
             completions = run.sampler.sample(prompts, mine, run.recipe.grpo.group_size, step)
         with progress.phase("reward"):
-            groups = score(run, [prompts[i] for i in mine], completions)
+            groups = run.scoring([prompts[i] for i in mine], completions)
     with progress.phase("gather"):  # where a replica that is done early waits for the others
         shares = collectives.gather_objects(list(groups), mesh.data.group)
     return _ordered([group for share in shares for group in share])
-
-
-def score(run: Run, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[Group]:
-    """Rewards of these completions, told to the replica's other ranks. Every rank must call."""
-    return run.scoring(prompts, completions)
 
 
 def _ordered(groups: Sequence[Group]) -> list[Group]:

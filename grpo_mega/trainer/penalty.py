@@ -36,9 +36,8 @@ def penalised(
     penalties: dict[int, np.ndarray] = {}
     for share in collectives.gather_objects(mine, mesh.world.group):
         penalties |= share
-    size = len(groups[0].rollouts)
+    # by order: every group has as many
     rollouts = [r for group in with_advantages(groups, recipe.grpo, penalties) for r in group.rollouts]
-    assert len(rollouts) == size * len(groups)
 
     def renewed(batch: Microbatch) -> Microbatch:
         advantages = torch.zeros_like(batch.advantages)

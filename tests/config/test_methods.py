@@ -89,6 +89,7 @@ def test_presets_that_cannot_be():
         ({"grpo": {"group_size": 1, "advantage": "rloo"}}, "grpo.group_size=1 leaves nothing to compare"),
         ({"reward": {"parts": {"p": {"function": "my:f", "per_step": True}}}}, "reward.parts.p.per_step=true scores"),
         ({"reward": {"parts": {"p": {"function": "my:f"}}, "steps": {}}}, "reward.steps={'delimiter': '\\n\\n'} marks"),
+        ({"reward": {"truncation_reward": -1.0}}, "reward.truncation_reward=-1.0 would never be paid"),
         ({"reward": {"steps": {}}}, "reward.function=exact scores whole completions"),
         (
             {"reward": {"function": "my:f", "steps": {}}, "grpo": {"advantage": "rloo"}},

@@ -255,6 +255,8 @@ ALL_TERMS = {
     "sapo": {"surrogate": "sapo", "tau_positive": 1.0, "tau_negative": 2.0},
     "kl k2": {"kl_estimator": "k2", "kl_coef": 0.3},
     "kl unbiased": {"kl_unbiased": True, "kl_coef": 0.3},
+    "kl k1 unbiased": {"kl_estimator": "k1", "kl_unbiased": True, "kl_coef": 0.3},
+    "log-prob": {"surrogate": "logprob"},
     "entropy": {"entropy_coef": 0.2},
 }
 

@@ -108,14 +108,15 @@ def load_and_fail(tree, directories):
 
 def train_whole(tree, fail_in_step=None):
     """The whole command on this rank; with `fail_in_step` it dies in that step, once completions are sampled."""
-    real = collect.score
+    real = collect._round
 
-    def score(run, *args):
-        if run.policy.scheduler.num_steps + 1 == fail_in_step:
+    def interrupted(run, step, count):
+        groups = real(run, step, count)
+        if step + 1 == fail_in_step:
             raise KeyboardInterrupt
-        return real(run, *args)
+        return groups
 
-    with mock.patch.object(collect, "score", score):
+    with mock.patch.object(collect, "_round", interrupted):
         try:
             main.train(validate_recipe(tree))
         except KeyboardInterrupt:

@@ -295,7 +295,10 @@ def test_resolved_recipe_is_kept(tmp_path):
 )
 def test_where_and_how_long_may_change(tmp_path, changed):
     directory(tmp_path).open(1)
-    directory(tmp_path, **changed).check()
+    changed_run = directory(tmp_path, **changed)
+    changed_run.check()
+    changed_run.open(1)
+    assert load_recipe(tmp_path / "recipe.yaml") == changed_run.recipe != directory(tmp_path).recipe
 
 
 @pytest.mark.parametrize(
